@@ -1,0 +1,44 @@
+# Every target sets the environment up by itself, and does so again when the requirements change.
+#   make demo      train on the embedded corpus, translate, show the result
+#   make test      lint, then every test that takes seconds
+#   make test-slow the tests that take minutes
+#   make lint      ruff and the import contract
+#   make setup     the environment alone; PYTHON=python3.12 chooses the interpreter, EXTRAS=cuda (or tpu) the accelerator
+
+PYTHON ?= python3
+EXTRAS ?=
+VENV ?= .venv
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.requirements-installed
+
+.PHONY: setup demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# The stamp is taken away first and set last: an installation that fails leaves none, and is begun again.
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	@rm -f $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tfm needs Python 3.11 or later; this is %s: make setup PYTHON=python3.12" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m tfm demo --workdir=runs/demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

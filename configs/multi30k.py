@@ -1,0 +1,53 @@
+"""Multi30k, English to German: 29,000 captions of pictures, two hours on two CPU cores, minutes on an accelerator.
+
+    python train.py --config=multi30k --workdir=runs/multi30k --data.corpus='text:DIR/{split}.{lang}'
+
+where DIR holds train, val and test_2016_flickr for en and de, each of them a file of one sentence a line (.gz too).
+The corpus is small, so the model is: about 2.6 million parameters, strong dropout, and a moving average of the
+parameters for evaluation.
+"""
+
+from tfm.config import Config, DataConfig, DecodingConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            d_model=128,
+            d_ff=256,
+            num_heads=4,
+            encoder_layers=4,
+            decoder_layers=4,
+            norm="pre",
+            dropout_rate=0.3,
+        ),
+        data=DataConfig(
+            corpus=("text:multi30k/{split}.{lang}",),
+            source_language="en",
+            target_language="de",
+            train_split="train",
+            validation_split="val",
+            test_split="test_2016_flickr",
+            vocab_size=10_000,
+            source_row_length=64,
+            target_row_length=64,
+        ),
+        optimizer=OptimizerConfig(
+            schedule="cosine",
+            learning_rate=3e-3,
+            warmup_steps=800,
+            clip_norm=1.0,
+            ema_decay=0.998,
+        ),
+        training=TrainingConfig(
+            steps=8000,
+            target_tokens_per_batch=2560,
+            unroll_layers=4,
+            label_smoothing=0.1,
+            evaluate_every=500,
+            checkpoint_every=500,
+            keep_last=5,
+            keep_best=5,
+        ),
+        decoding=DecodingConfig(max_source_length=128, tokens_per_batch=4096),
+    )

@@ -1,0 +1,168 @@
+"""The run directory: whose it is, what may be changed in it, and the log cut for a resumed run."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tfm.checkpoint import RunDirectory, differing_fields, truncate_metrics
+from tfm.config import Config, ConfigError, InputError, fields_of, from_dict
+
+
+def override(config: Config, **values) -> Config:
+    """`config` with fields set by their dotted names, dots written as two underscores."""
+    sections = config.to_dict()
+    for name, value in values.items():
+        section, field = name.split("__")
+        sections[section][field] = value
+    return from_dict(sections)
+
+
+@pytest.mark.parametrize("place", ["missing/below", "empty", "prepared"])
+def test_a_new_run_starts_in_a_directory_that_holds_nothing_of_another(tmp_path, place):
+    if place != "missing/below":
+        (tmp_path / place).mkdir()
+    if place == "prepared":
+        (tmp_path / place / "store").mkdir()
+        (tmp_path / place / "train.log").write_text("started\n")
+    config = override(Config(), model__d_model=64, data__corpus=("demo", "text:a.{lang};weight=2"))
+    RunDirectory.create(tmp_path / place, config)
+    assert RunDirectory.open(tmp_path / place).config == config
+
+
+def test_a_run_of_another_config_is_refused_and_each_differing_field_named(tmp_path):
+    RunDirectory.create(tmp_path, Config())
+    written = (tmp_path / "config.json").read_bytes()
+    other = override(Config(), model__d_model=256, optimizer__warmup_steps=10, decoding__beam_size=4)
+    with pytest.raises(InputError) as refusal:
+        RunDirectory.create(tmp_path, other)
+    message = str(refusal.value)
+    assert "model.d_model is 512 there and 256 now" in message
+    assert "optimizer.warmup_steps is 4000 there and 10 now" in message
+    assert "beam_size" not in message and "\n" not in message
+    assert (tmp_path / "config.json").read_bytes() == written
+
+
+def test_what_changes_no_parameter_may_change_and_is_written_down(tmp_path):
+    RunDirectory.create(tmp_path, Config())
+    other = override(
+        Config(), mesh__tensor=2, decoding__beam_size=4, training__steps=7, training__remat="full", data__store="/s"
+    )
+    assert RunDirectory.create(tmp_path, other).config == other
+
+
+def test_every_field_is_either_allowed_to_change_or_refused():
+    """A new field is refused until somebody decides otherwise."""
+    changed = {}
+    for name, value in fields_of(Config()).items():
+        section, field = name.split(".")
+        other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5, tuple: lambda v: (*v, "x")}
+        new = other.get(type(value), lambda v: "other")(value)
+        part = dataclasses.replace(getattr(Config(), section), **{field: new})
+        changed[name] = bool(differing_fields(Config(), dataclasses.replace(Config(), **{section: part})))
+    assert not any(refused for name, refused in changed.items() if name.startswith(("mesh.", "decoding.")))
+    assert all(refused for name, refused in changed.items() if name.startswith(("model.", "optimizer.")))
+    assert changed["training.seed"] and changed["training.label_smoothing"] and changed["data.vocab_size"]
+    assert not changed["training.steps"] and not changed["training.keep_last"] and not changed["data.read_ahead"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_number_of_steps_stays_where_the_schedule_depends_on_it(schedule):
+    config = override(Config(), optimizer__schedule=schedule)
+    assert list(differing_fields(config, override(config, training__steps=5000))) == ["training.steps"]
+
+
+def test_accumulation_stays_where_it_would_change_the_batch():
+    config = Config()  # 100 rows
+    assert not differing_fields(config, override(config, training__gradient_accumulation=4))
+    assert list(differing_fields(config, override(config, training__gradient_accumulation=3))) == [
+        "training.gradient_accumulation"
+    ]
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match=r"thesis\.tex and no config\.json"):
+        RunDirectory.create(tmp_path, Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_config_that_is_none_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"lr": 1}')
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        RunDirectory.create(tmp_path, Config())
+
+
+@pytest.mark.parametrize("place", ["file/run", "file", "/proc/run"])
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written") as refusal:
+        RunDirectory.create(tmp_path / place, Config())
+    assert str(tmp_path / place) in str(refusal.value)
+
+
+def test_reading_where_no_run_is(tmp_path):
+    with pytest.raises(InputError, match=r"no run \(no config\.json\)"):
+        RunDirectory.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "checkpoints"])
+def test_a_link_in_a_run_directory_is_refused(tmp_path, name):
+    RunDirectory.create(tmp_path / "run", Config())
+    outside = tmp_path / "outside"
+    outside.write_bytes((tmp_path / "run" / "config.json").read_bytes())
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(outside)
+    for opened in (
+        lambda: RunDirectory.open(tmp_path / "run"),
+        lambda: RunDirectory.create(tmp_path / "run", Config()),
+    ):
+        with pytest.raises(InputError, match=f"{name}: is a link"):
+            opened()
+
+
+def test_a_tokenizer_is_installed_once(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    assert run.tokenizer_sha256() is None
+    (tmp_path / "a.model").write_bytes(b"a")
+    (tmp_path / "b.model").write_bytes(b"b")
+    run.install_tokenizer(tmp_path / "a.model")
+    run.install_tokenizer(tmp_path / "a.model")
+    with pytest.raises(InputError, match="differs from"):
+        run.install_tokenizer(tmp_path / "b.model")
+    assert run.tokenizer_path.read_bytes() == b"a"
+
+
+def test_the_log_is_cut_after_the_restored_step(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    events = [
+        {"step": 10, "loss": 2.0},
+        {"step": 20, "loss": 1.0},
+        {"step": 20, "bleu": 9.0},
+        {"step": 30, "loss": 0.5},
+    ]
+    lines = [json.dumps(event).encode() + b"\n" for event in events]
+    log.write_bytes(b"".join(lines) + b'{"step": 4')
+    assert truncate_metrics(log, 20) == 2
+    assert log.read_bytes() == b"".join(lines[:3])
+    before = log.stat().st_mtime_ns
+    assert truncate_metrics(log, 20) == 0
+    assert log.stat().st_mtime_ns == before
+    assert truncate_metrics(log, 0) == 3 and log.read_bytes() == b""
+    assert truncate_metrics(tmp_path / "none", 20) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_that_is_no_event_is_removed_and_named(tmp_path, caplog):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1}\n{"step": 2{"step": 3}\n[1]\n{"step": 3, "text": "a\xe2\x80\xa8b"}\n')
+    assert truncate_metrics(log, 5) == 2
+    assert log.read_bytes() == b'{"step": 1}\n{"step": 3, "text": "a\xe2\x80\xa8b"}\n'
+    assert "line 2" in caplog.text and "line 3" in caplog.text
+
+
+def test_nothing_here_needs_jax():
+    program = "import sys, tfm.checkpoint; sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,90 @@
+"""`python -m tfm COMMAND …`, the same as the console script `tfm`: finds the command and turns errors into statuses."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tfm import __version__
+from tfm.config import InputError
+
+COMMANDS = ("train", "prepare", "translate", "evaluate", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for wrong input, 130 for Ctrl-C, otherwise the command's own."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except InputError as error:
+        name = " ".join(["tfm", *arguments[:1]]) if arguments and arguments[0] in COMMANDS else "tfm"
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tfm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough. What is still buffered must not be flushed into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        raise InputError(f"no command: expected one of {', '.join(COMMANDS)}; see tfm --help")
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"tfm {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise InputError(f"{name}: no such command; {hint}")
+    _log_to_stderr()
+    return importlib.import_module(f"tfm.commands.{name}").main(rest)
+
+
+def _help() -> str:
+    lines = [
+        "usage: tfm COMMAND [OPTIONS]",
+        "",
+        "An encoder-decoder Transformer for translation, in JAX and Flax.",
+        "",
+        *(f"  {name:<10} {_summary(name)}" for name in COMMANDS),
+        "",
+        "tfm COMMAND --help shows a command's options with their values; tfm --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(command: str) -> str:
+    """First line of a command's docstring, read from its source: importing five commands would take longer."""
+    spec = importlib.util.find_spec(f"tfm.commands.{command}")
+    if spec is None or spec.origin is None:
+        return ""
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_bytes())) or ""
+    return docstring.partition("\n")[0]
+
+
+def _log_to_stderr() -> None:
+    """Progress and warnings of this package, and the warnings alone of the libraries below it."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    logging.getLogger("tfm").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

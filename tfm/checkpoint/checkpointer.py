@@ -1,0 +1,227 @@
+"""Saves a run's state in the background, keeps the newest and the best, and resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tfm.checkpoint import manifest as manifests
+from tfm.checkpoint import storage
+from tfm.checkpoint.manifest import Manifest
+from tfm.checkpoint.reader import CheckpointReader, Restored, ranked
+from tfm.checkpoint.run_directory import FULL, RunDirectory, remove_tree, unwritable
+from tfm.config import InputError
+
+if TYPE_CHECKING:
+    from tfm.checkpoint.run_directory import AnyPath
+
+logger = logging.getLogger(__name__)
+
+_REMOVING = "removing-"
+_DAMAGED = "damaged"
+_NO_SPACE = ("no space left", "disk quota exceeded", "file too large")  # TensorStore's errors carry no errno
+_SHARES_WITHIN = 1200  # seconds that the other hosts have for their hashes
+
+
+class Checkpointer(CheckpointReader):
+    """Saves the state of a run in training. A context manager: leaving it waits for the last save.
+
+    All processes call each method together, and share the file system, as Orbax also requires. Process 0 alone
+    writes manifests, moves and removes.
+    """
+
+    def __init__(
+        self, run: RunDirectory, keep_last: int = 3, keep_best: int = 1, best: Literal["higher", "lower"] = "higher"
+    ):
+        """`best` says which metric is the better one."""
+        import jax
+
+        super().__init__(run)
+        self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._finished = self._read_finished()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+            return
+        try:
+            self.wait()
+        except (InputError, RuntimeError) as failure:  # what ended the run is reported, and not what came after it
+            logger.error("%s", failure)
+
+    def resume(self, abstract_state: Mapping[str, Any]) -> Restored | None:
+        """`restore`, then makes room: what is half-written is removed, what is damaged moved to checkpoints/damaged.
+
+        Nothing is moved when no checkpoint is usable, so that the same command does not start anew the next time.
+        """
+        restored, damaged = self._restore(abstract_state)
+        if restored is None and damaged:
+            raise self._none_usable(damaged)
+        try:
+            if self._index == 0 and self.run.checkpoints_path.exists():
+                for entry in list(self.run.checkpoints_path.iterdir()):
+                    if storage.TEMPORARY in entry.name or entry.name.startswith(_REMOVING):
+                        remove_tree(entry)
+                unfinished = set(manifests.list_steps(self.run.checkpoints_path)) - self._known().keys()
+                for step in unfinished | damaged.keys():
+                    self._move_aside(step)
+        except OSError as error:
+            raise unwritable(self.run.path, error) from error
+        storage.all_agree(True)  # no host goes on before process 0 has made room
+        self._finished = self._read_finished()
+        return restored
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+        metric: float | None = None,
+    ) -> None:
+        """Starts to save; returns once the arrays are copied from the device, so that they may be donated.
+
+        Waits first for the save before this one, and raises as `wait` does when that failed. A step that is already
+        saved is left as it is. `metadata` is plain JSON; `metric` is None where the step was not evaluated.
+        """
+        self.wait()
+        if step in self._finished:
+            return
+        metric = None if metric is None or not math.isfinite(metric) else float(metric)
+        tokenizer = self.run.tokenizer_sha256()
+        manifest = Manifest(step, dict(metadata or {}), metric, self.best, tokenizer, storage.describe(state), files={})
+        manifest.to_bytes()  # raises here, not in the thread, when the metadata is not JSON
+        try:
+            if self._index == 0:
+                self.run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+                if self._directory(step).exists():
+                    self._move_aside(step)
+            response = storage.begin_save(self._directory(step), state)
+        except Exception as error:
+            raise self._explained(step, error) from error
+        self._thread = threading.Thread(target=self._finish, args=(response, manifest), name="checkpoint")
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raises, as `wait` does, if the save under way has failed already; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once the last save is on the disk.
+
+        Raises InputError when there was no space or no permission, RuntimeError when the save failed otherwise. Either
+        names the last good step; what the failed save left is removed, and saving may go on.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _settle(self) -> None:
+        # Orbax tells one operation from another by their order, which must be the same on all hosts.
+        self.wait()
+        storage.all_agree(True)  # process 0 writes the manifest after the others are done
+
+    def _finish(self, response: Any, manifest: Manifest) -> None:
+        """In a thread: waits for Orbax, hashes this host's share; process 0 then writes the manifest and tidies."""
+        directory = self._directory(manifest.step)
+        try:
+            share = None
+            try:
+                response.result()
+                share = manifests.hash_share(directory, self._index, self._count)
+            finally:
+                if self._index != 0 and directory.exists():
+                    manifests.hand_over(directory, self._index, share)
+            if self._index == 0:
+                for other in self._others_shares(directory):
+                    share |= other
+                manifest = dataclasses.replace(manifest, files=share)
+                manifests.write(directory, manifest)
+            self._finished[manifest.step] = manifest
+        except Exception as error:
+            self._failure = self._explained(manifest.step, error)
+            self._failure.__cause__ = error
+            return
+        if self._index == 0:
+            self._remove_surplus()
+
+    def _others_shares(self, directory: AnyPath) -> list[manifests.FileHashes]:
+        deadline = time.monotonic() + _SHARES_WITHIN
+        while (shares := manifests.take_over(directory, self._count)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the other hosts' hashes did not arrive within {_SHARES_WITHIN} s")
+            time.sleep(0.1)
+        if None in shares:
+            raise RuntimeError(f"host {shares.index(None) + 1} could not read what was saved")
+        return shares
+
+    def _explained(self, step: int, error: Exception) -> Exception:
+        """Removes what the failed save left, and says in one line what happened."""
+        if self._index == 0:
+            directory = self._directory(step)
+            for path in directory.parent.glob(f"{step}{storage.TEMPORARY}*"):
+                remove_tree(path)
+            if directory.exists() and not (directory / manifests.NAME).exists():
+                remove_tree(directory)
+        good = max(self._finished, default=None)
+        left = f"the last good checkpoint is step {good}" if good is not None else "there is no good checkpoint yet"
+        what = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or any(phrase in str(error).lower() for phrase in _NO_SPACE):
+            return InputError(
+                f"{self.run.path}: no space left on the disk while saving step {step}; {left}: free some space and run "
+                "the same command again"
+            )
+        if number is not None:
+            return InputError(
+                f"{self.run.path}: step {step} cannot be saved ({what}); {left}: make the directory writable and run "
+                "the same command again"
+            )
+        return RuntimeError(f"{self.run.path}: saving step {step} failed ({what}); {left}")
+
+    def _read_finished(self) -> dict[int, Manifest]:
+        return {step: found for step, found in self._known().items() if isinstance(found, Manifest)}
+
+    def _move_aside(self, step: int) -> None:
+        """So that this step can be saved again, and nothing is lost."""
+        aside = self.run.checkpoints_path / _DAMAGED
+        aside.mkdir(exist_ok=True)
+        taken = {entry.name for entry in aside.iterdir()}
+        name, number = str(step), 1
+        while name in taken:
+            number += 1
+            name = f"{step}-{number}"
+        self._directory(step).rename(aside / name)
+        logger.warning("%s: moved to %s; it is not used, and may be deleted", self._directory(step), aside / name)
+
+    def _remove_surplus(self) -> None:
+        """Keeps the newest `keep_last` and the best `keep_best`; so the newest is never removed."""
+        newest = sorted(self._finished, reverse=True)[: self.keep_last]
+        for step in sorted(self._finished.keys() - set(newest) - set(ranked(self._finished)[: self.keep_best])):
+            directory = self._directory(step)
+            aside = directory.with_name(f"{_REMOVING}{step}")
+            del self._finished[step]
+            try:
+                if isinstance(directory, Path):
+                    directory.rename(aside)  # at once, so that a kill leaves no part that looks whole
+                    remove_tree(aside)
+                else:
+                    (directory / manifests.NAME).unlink()  # an object store cannot rename at once
+                    remove_tree(directory)
+            except OSError as error:
+                logger.warning("%s: an old checkpoint cannot be removed (%s)", directory, error)

@@ -1,0 +1,246 @@
+"""The directory of one run: its config, its tokenizer and its log; `tfm.checkpoint` keeps the state below it.
+
+    WORKDIR/config.json  tokenizer.model  metrics.jsonl  checkpoints/STEP/  checkpoints/damaged/  and events and curves
+
+A run directory stands alone: copied to another machine, it is all that translating needs. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfm.config import Config, InputError, fields_of, from_json
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    AnyPath = Path | epath.Path
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation: it changes where and how fast the same numbers are computed, what
+# is reported and what is kept, and no parameter beyond the rounding of another order of summation.
+MAY_CHANGE = {
+    *("data.test_split", "data.store", "data.cache_dir", "data.read_ahead"),
+    *("training.steps", "training.gradient_accumulation", "training.remat", "training.deterministic"),
+    *("training.unroll_layers", "training.log_every", "training.checkpoint_every", "training.keep_last"),
+    *("training.keep_best", "training.evaluate_every", "training.evaluate_sentences", "training.early_stopping"),
+    "training.max_skipped_steps",
+}
+_SECTIONS_THAT_MAY_CHANGE = ("mesh.", "decoding.")
+# What stands in a run directory before its config.json does: `prepare` and a shell's redirection write these.
+_HARMLESS = ("store", "tokenizer.model", "lost+found")
+_HARMLESS_ENDINGS = (".log", ".out", ".err", ".txt", ".sh")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RunDirectory:
+    """The files of one run, by name. Making the object touches nothing; `create` and `open` do."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = as_path(path)
+        self.config_path = self.path / "config.json"
+        self.tokenizer_path = self.path / "tokenizer.model"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """A run that stands already, to read from. Raises InputError where there is none, or a link in its place."""
+        run = cls(path)
+        for part in (run.config_path, run.tokenizer_path, run.checkpoints_path):
+            refuse_link(part)
+        if not run.config_path.exists():
+            raise InputError(f"{run.path}: holds no run (no config.json): give the --workdir of a training run")
+        return run
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: Config, primary: bool = True) -> RunDirectory:
+        """The directory to train `config` in: a new one, or the one that this run began in.
+
+        Only the primary process writes. Raises InputError when the directory cannot be written, holds a run of
+        another config (naming each field that differs), or holds files that are no run's.
+        """
+        run = cls(path)
+        try:
+            for part in (run.config_path, run.tokenizer_path, run.checkpoints_path, run.metrics_path):
+                refuse_link(part)
+            if run.config_path.exists():
+                _refuse_other_run(run.config_path, from_json(run.config_path), config)
+            else:
+                _refuse_foreign_files(run.path)
+            if primary:
+                run.path.mkdir(parents=True, exist_ok=True)
+                # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
+                write_atomically(run.config_path, config.to_json().encode())
+        except OSError as error:
+            raise unwritable(run.path, error) from error
+        return run
+
+    @property
+    def config(self) -> Config:
+        """Raises ConfigError when config.json is not a config."""
+        return from_json(self.config_path)
+
+    def install_tokenizer(self, source: str | os.PathLike[str]) -> None:
+        """Copies a SentencePiece model to tokenizer.model. Raises InputError when another one stands there already."""
+        model = as_path(source).read_bytes()
+        if self.tokenizer_path.exists():
+            if self.tokenizer_sha256() != hashlib.sha256(model).hexdigest():
+                raise InputError(
+                    f"{self.tokenizer_path}: differs from {source}, and the run's parameters belong to it: "
+                    "use another --workdir"
+                )
+            return
+        try:
+            write_atomically(self.tokenizer_path, model)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def tokenizer_sha256(self) -> str | None:
+        """SHA-256 of tokenizer.model in hex, or None while there is none. Raises InputError when it is a link."""
+        refuse_link(self.tokenizer_path)
+        if not self.tokenizer_path.exists():
+            return None
+        return hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+
+
+def differing_fields(there: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that make `now` another run than `there`: dotted name -> (value there, value now)."""
+    old, new = fields_of(there), fields_of(now)
+    differing = {
+        name: (old[name], new[name])
+        for name in old
+        if old[name] != new[name] and name not in MAY_CHANGE and not name.startswith(_SECTIONS_THAT_MAY_CHANGE)
+    }
+    names = []
+    if now.optimizer.schedule != "inverse_sqrt":  # the others reach their end at the run's end
+        names.append("training.steps")
+    if there.rows_per_batch != now.rows_per_batch:  # a batch has a multiple of the micro-batches
+        names.append("training.gradient_accumulation")
+    return differing | {name: (old[name], new[name]) for name in names if old[name] != new[name]}
+
+
+def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
+    """Cuts what metrics.jsonl says of steps after `step`, so that a resumed run logs each step once.
+
+    A last line without its end, which a kill leaves, goes too, and so does a line that is not JSON (with a warning).
+    Lines without a step stay. Returns the number of lines cut; the file is replaced in one move, or left as it is.
+    Raises InputError when the file is a link.
+    """
+    path = as_path(path)
+    refuse_link(path)
+    if not path.exists():
+        return 0
+    *lines, torn = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            later = event.get("step", step) > step
+        except (ValueError, TypeError, AttributeError):
+            logger.warning("%s, line %d: not an event of a run, removed: %r", path, number, line[:80])
+            continue
+        if not later:
+            kept.append(line + b"\n")
+    cut = len(lines) - len(kept) + bool(torn)
+    if cut:
+        write_atomically(path, b"".join(kept))
+    return cut
+
+
+def as_path(path: str | os.PathLike[str]) -> Any:
+    """An absolute pathlib.Path, or an epath.Path (which has its methods) of an address such as gs://bucket/run."""
+    if "://" in os.fspath(path):
+        from etils import epath
+
+        return epath.Path(path)
+    return Path(path).expanduser().absolute()
+
+
+def write_atomically(path: AnyPath, data: bytes) -> None:
+    """Writes the whole file or leaves what was there. On return it is on the disk, not only in its cache."""
+    if not isinstance(path, Path):
+        path.write_bytes(data)  # an object store shows an object only once it is whole
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a local directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: AnyPath) -> None:
+    """Removes a directory with all that is in it, as far as it can be; links are removed, never followed."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.rmtree(missing_ok=True)
+
+
+def refuse_link(path: AnyPath) -> None:
+    """Raises InputError when `path` is a symbolic link: a copied run directory must not reach outside itself."""
+    if isinstance(path, Path) and path.is_symlink():
+        raise InputError(
+            f"{path}: is a link to {os.readlink(path)}: a run directory holds no links; put the file itself there"
+        )
+
+
+def unwritable(path: AnyPath, error: OSError) -> InputError:
+    """The one line for an OSError on a run directory."""
+    if error.errno in FULL:
+        return InputError(f"{path}: no space left on the disk ({error.strerror}): free some, or use another --workdir")
+    return InputError(
+        f"{path}: cannot be written ({error.strerror or error}): use a --workdir in which you can make files"
+    )
+
+
+def _refuse_other_run(path: AnyPath, there: Config, now: Config) -> None:
+    differing = differing_fields(there, now)
+    if differing:
+        fields = ", ".join(f"{name} is {old!r} there and {new!r} now" for name, (old, new) in differing.items())
+        raise InputError(
+            f"{path.parent}: holds a run of another config: {fields}: set them back, or use another --workdir"
+        )
+    old, new = fields_of(there), fields_of(now)
+    for name in old:
+        if old[name] != new[name]:
+            logger.info("%s: the run goes on with %s=%r, %r so far", path.parent, name, new[name], old[name])
+
+
+def _refuse_foreign_files(path: AnyPath) -> None:
+    if not path.exists():
+        return
+    if isinstance(path, Path) and not stat.S_ISDIR(path.stat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in _HARMLESS and not entry.name.startswith(".") and not entry.name.endswith(_HARMLESS_ENDINGS)
+    )
+    if foreign:
+        names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InputError(f"{path}: holds {names} and no config.json, so it is not a run's: use another --workdir")

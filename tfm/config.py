@@ -1,0 +1,372 @@
+"""The one description of a run: frozen, nested dataclasses, and the checks that refuse a contradiction.
+
+Every field is an option of every command (`--model.d_model=256`), and its docstring is its help text. Nothing here
+imports JAX, so that `--help` answers at once and a bad value is refused before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+
+class InputError(Exception):
+    """Wrong input or arguments: what was given, where, what was expected, what to do. Commands end with status 2."""
+
+
+class ConfigError(InputError):
+    """A config that cannot describe a run; the message names the fields."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The encoder-decoder Transformer; the defaults are the paper's base model (Vaswani et al., 2017, Table 3)."""
+
+    d_model: int = 512
+    """Width of the residual stream, in features."""
+    d_ff: int = 2048
+    """Inner width of the feed-forward block, in features."""
+    num_heads: int = 8
+    """Attention heads."""
+    d_k: int | None = None
+    """Width of a query or key head, in features; d_model / num_heads when unset."""
+    d_v: int | None = None
+    """Width of a value head, in features; d_model / num_heads when unset."""
+    encoder_layers: int = 6
+    """Layers of the encoder."""
+    decoder_layers: int = 6
+    """Layers of the decoder."""
+    norm: Literal["post", "pre"] = "post"
+    """Layer norm after each residual sum (the paper), or before each block and once at the end of each stack."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Non-linearity of the feed-forward block."""
+    tie_embeddings: Literal["all", "target", "none"] = "all"
+    """Which tables are one: source, target and output projection (the paper); target and output; or none."""
+    dropout_rate: float = 0.1
+    """Share of features dropped from each block's output and from the embedded input, 0 to 1."""
+    attention_dropout_rate: float = 0.0
+    """Share of attention weights dropped, 0 to 1."""
+    activation_dropout_rate: float = 0.0
+    """Share of the feed-forward block's inner features dropped, 0 to 1."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
+
+    @property
+    def key_width(self) -> int:
+        return self.d_k if self.d_k is not None else self.d_model // self.num_heads
+
+    @property
+    def value_width(self) -> int:
+        return self.d_v if self.d_v is not None else self.d_model // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where sentence pairs come from, and how they become token ids and rows."""
+
+    corpus: tuple[str, ...] = ("demo",)
+    """One or more of: text:PATTERN with {split} and {lang}; tfds:NAME/CONFIG; demo. Each may end in ;weight=W (passes
+    over it in an epoch) and ;tag=<TAG> (a token put before each source)."""
+    source_language: str = "en"
+    """Language code of the source side."""
+    target_language: str = "de"
+    """Language code of the target side."""
+    train_split: str = "train"
+    """Split to train on."""
+    validation_split: str = "validation"
+    """Split to validate on."""
+    test_split: str = "test"
+    """Split that `evaluate` scores when no files are given."""
+    vocab_size: int = 32000
+    """Pieces of the tokenizer, both languages together; lowered, with a warning, to what a small corpus can bear."""
+    tokenizer: str | None = None
+    """A SentencePiece model to use in place of training one."""
+    tokenizer_sample: int = 2_000_000
+    """Sentences, both sides together, that the tokenizer is trained on."""
+    tokenizer_model: Literal["unigram", "bpe"] = "unigram"
+    """Kind of SentencePiece model that is trained."""
+    source_row_length: int = 256
+    """Source tokens in a training row; several pairs share a row."""
+    target_row_length: int = 256
+    """Target tokens in a training row; several pairs share a row."""
+    max_length_ratio: float = 9.0
+    """A training pair is dropped when one side has more than this many times the tokens of the other, both plus 5."""
+    drop_duplicates: bool = False
+    """Drop exact repetitions of a training pair."""
+    window_pairs: int = 1_000_000
+    """Pairs that are packed together; an epoch is cut into windows of this many."""
+    store: str | None = None
+    """Directory of the token store; WORKDIR/store when unset. May be gs://."""
+    cache_dir: str | None = None
+    """Local directory into which each host copies the token store once; unset, the store is read where it is."""
+    read_ahead: int = 8
+    """Batches built ahead of the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its schedule; the defaults are the paper's (section 5.3)."""
+
+    name: Literal["adam", "adamw", "adafactor"] = "adam"
+    """Update rule."""
+    schedule: Literal["inverse_sqrt", "cosine", "wsd"] = "inverse_sqrt"
+    """Learning rate after warm-up: the paper's, a cosine to the end of the run, or constant with a linear decay."""
+    learning_rate: float | None = None
+    """Peak learning rate; the paper's (d_model * warmup_steps) ** -0.5 when unset."""
+    warmup_steps: int = 4000
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Last steps of a wsd schedule, over which the rate falls; a fifth of the run when unset."""
+    final_learning_rate: float = 0.0
+    """Share of the peak that a cosine or wsd schedule ends at, 0 to 1."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.98
+    """Decay of Adam's second moment."""
+    epsilon: float = 1e-9
+    """Added to Adam's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (adamw and adafactor), per unit of learning rate."""
+    clip_norm: float = 0.0
+    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    ema_decay: float = 0.0
+    """Decay of the parameters' moving average, which evaluation and translation then use; 0 is off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop."""
+
+    steps: int = 100_000
+    """Updates in the run."""
+    target_tokens_per_batch: int = 25_600
+    """Room for target tokens in one update's global batch, padding included."""
+    gradient_accumulation: int = 1
+    """Micro-batches that one update's batch is computed in."""
+    label_smoothing: float = 0.1
+    """Probability spread evenly over the vocabulary, 0 to 1."""
+    seed: int = 0
+    """Seed of initial parameters, dropout and the order of the data."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing, all but matrix products, or whole layers."""
+    unroll_layers: int = 1
+    """Layers that the compiled step has side by side; more are faster on a CPU, and take longer to compile."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Best checkpoints kept, by `best_metric` on the validation split."""
+    evaluate_every: int = 1000
+    """Steps between evaluations on the validation split; an evaluated step also gets a checkpoint."""
+    evaluate_sentences: int = 2000
+    """Validation sentences that are translated for BLEU and chrF; the loss is always taken over all of them."""
+    best_metric: Literal["bleu", "chrf", "loss"] = "bleu"
+    """What makes a checkpoint the best."""
+    early_stopping: int = 0
+    """Evaluations without a better `best_metric` after which the run ends; 0 is off."""
+    max_skipped_steps: int = 10
+    """Non-finite updates in a row, each skipped, after which the run ends."""
+    initialize_from: str | None = None
+    """Run directory whose parameters and tokenizer this run starts from, with a fresh optimizer."""
+    deterministic: bool = False
+    """On GPU, use only kernels that give the same bits every time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis takes; one of them may be -1, which takes the rest."""
+
+    data: int = -1
+    """Devices over which the batch alone is split."""
+    fsdp: int = 1
+    """Devices over which the batch, parameters and optimizer state are split."""
+    tensor: int = 1
+    """Devices over which heads, feed-forward features and the vocabulary are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingConfig:
+    """Translation."""
+
+    beam_size: int = 1
+    """Hypotheses kept for a sentence; 1 is greedy search."""
+    length_penalty: float = 0.6
+    """Alpha of Wu et al. (2016), equation 14; no effect on greedy search."""
+    max_extra_tokens: int = 50
+    """A translation has at most this many tokens more than its source (section 6.1 of the paper)."""
+    max_source_length: int = 256
+    """Source tokens, end included, in one compiled program; a longer line is cut into pieces and joined again."""
+    tokens_per_batch: int = 8192
+    """Source tokens, padding included, in one decoded batch."""
+    average: str | None = None
+    """Checkpoints whose parameters are averaged: last:N or best:N; the best one alone when unset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    decoding: DecodingConfig = DecodingConfig()
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of the global batch: as many as the token budget has room for, a multiple of the micro-batches."""
+        rows = self.training.target_tokens_per_batch // self.data.target_row_length
+        return rows - rows % self.training.gradient_accumulation
+
+    def validate(self) -> Config:
+        """Returns the config itself. Raises ConfigError naming the fields that cannot stand together."""
+        _check_ranges(self)
+        _check_pairs(self)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Config out of `Config.to_dict`'s form. Raises ConfigError at an unknown name, with the nearest one."""
+    hints = get_type_hints(Config)
+    _refuse_unknown(values, hints, where="")
+    sections = {}
+    for name, fields in values.items():
+        _refuse_unknown(fields, get_type_hints(hints[name]), where=f"{name}.")
+        sections[name] = hints[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return Config(**sections)
+
+
+def from_json(path: Path) -> Config:
+    """Config written by `Config.to_json`. Raises ConfigError naming the file."""
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, ConfigError) as error:
+        raise ConfigError(f"{path}: not a config of tfm: {error}") from error
+
+
+def fields_of(config: Config) -> dict[str, Any]:
+    """Every field by its dotted name: {"model.d_model": 512, …}."""
+    return {
+        f"{section}.{name}": value for section, fields in config.to_dict().items() for name, value in fields.items()
+    }
+
+
+def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], where: str) -> None:
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise ConfigError(f"unknown field {where}{name}{hint}")
+
+
+_AT_LEAST_ONE = (
+    "model.d_model model.d_ff model.num_heads model.d_k model.d_v model.encoder_layers model.decoder_layers "
+    "data.vocab_size data.tokenizer_sample data.source_row_length data.target_row_length data.window_pairs "
+    "data.read_ahead optimizer.warmup_steps optimizer.decay_steps training.steps training.target_tokens_per_batch "
+    "training.gradient_accumulation training.log_every training.checkpoint_every training.keep_last "
+    "training.evaluate_every training.evaluate_sentences training.unroll_layers training.max_skipped_steps decoding.beam_size "
+    "decoding.max_source_length decoding.tokens_per_batch"
+).split()
+_NOT_NEGATIVE = (
+    "optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm training.keep_best "
+    "training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens"
+).split()
+_SHARES = (  # of something: from 0 to 1, and 1 itself would leave nothing
+    "model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate optimizer.beta1 optimizer.beta2 "
+    "optimizer.ema_decay training.label_smoothing"
+).split()
+
+
+def _check_ranges(config: Config) -> None:
+    fields = fields_of(config)
+    for name in _AT_LEAST_ONE:
+        if fields[name] is not None and fields[name] < 1:
+            raise ConfigError(f"{name}={fields[name]}: must be at least 1")
+    for name in _NOT_NEGATIVE:
+        if fields[name] is not None and fields[name] < 0:
+            raise ConfigError(f"{name}={fields[name]}: must not be negative")
+    for name in _SHARES:
+        if not 0 <= fields[name] < 1:
+            raise ConfigError(f"{name}={fields[name]}: must be at least 0 and below 1")
+    if not 0 <= config.optimizer.final_learning_rate <= 1:
+        raise ConfigError(f"optimizer.final_learning_rate={config.optimizer.final_learning_rate}: must be from 0 to 1")
+    for section in dataclasses.fields(config):
+        for name, hint in get_type_hints(get_type_hints(Config)[section.name]).items():
+            choices = [c for c in get_args(hint) if isinstance(c, str)]
+            value = fields[f"{section.name}.{name}"]
+            if choices and value not in choices:
+                raise ConfigError(f"{section.name}.{name}={value!r}: must be one of {', '.join(choices)}")
+
+
+def _check_pairs(config: Config) -> None:
+    model, data, optimizer, training, decoding = (
+        config.model,
+        config.data,
+        config.optimizer,
+        config.training,
+        config.decoding,
+    )
+    for name in ("d_k", "d_v"):
+        if getattr(model, name) is None and model.d_model % model.num_heads:
+            raise ConfigError(
+                f"model.d_model={model.d_model} is not a multiple of model.num_heads={model.num_heads}: "
+                f"change one of them, or set model.{name}"
+            )
+    if model.d_model % 2:
+        raise ConfigError(f"model.d_model={model.d_model}: must be even, since positions are pairs of sine and cosine")
+    if not data.corpus:
+        raise ConfigError("data.corpus is empty: name at least one corpus, such as demo or text:DIR/{split}.{lang}")
+    if data.source_language == data.target_language:
+        raise ConfigError(
+            f"data.source_language and data.target_language are both {data.source_language!r}: they must differ"
+        )
+    if data.train_split == data.validation_split:
+        raise ConfigError(
+            f"data.train_split and data.validation_split are both {data.train_split!r}: validation must be unseen"
+        )
+    rows = training.target_tokens_per_batch // data.target_row_length
+    if rows < training.gradient_accumulation:
+        raise ConfigError(
+            f"training.target_tokens_per_batch={training.target_tokens_per_batch} has room for {rows} rows of "
+            f"data.target_row_length={data.target_row_length}, and training.gradient_accumulation="
+            f"{training.gradient_accumulation} needs at least as many rows: raise the first or lower the others"
+        )
+    if optimizer.schedule != "inverse_sqrt" and optimizer.warmup_steps >= training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of training.steps={training.steps} for "
+            f"the {optimizer.schedule} schedule: lower the first or raise the second"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + (optimizer.decay_steps or 0) > training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps={optimizer.decay_steps} are "
+            f"together more than training.steps={training.steps}"
+        )
+    if optimizer.weight_decay and optimizer.name == "adam":
+        raise ConfigError(
+            f"optimizer.weight_decay={optimizer.weight_decay} has no effect with optimizer.name=adam: use adamw"
+        )
+    if decoding.tokens_per_batch < decoding.max_source_length:
+        raise ConfigError(
+            f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "
+            f"decoding.max_source_length={decoding.max_source_length}: raise the first or lower the second"
+        )
+    mesh = dataclasses.asdict(config.mesh)
+    free = [f"mesh.{axis}" for axis, size in mesh.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"{' and '.join(free)} are both -1: at most one axis can take the rest of the devices")
+    for axis, size in mesh.items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"mesh.{axis}={size}: must be at least 1, or -1 for the rest of the devices")

@@ -1,0 +1,230 @@
+"""Where sentence pairs come from: text files, TFDS sets and the demo corpus, behind one interface.
+
+A corpus yields pairs of *bytes*, as they stand in the file or the record, so that the checks can see what is wrong with
+them; `to_text` makes text of one side. Everything streams: no corpus is ever held in memory.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import gzip
+import hashlib
+import io
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from tfm.config import DataConfig, InputError
+
+BOM = b"\xef\xbb\xbf"
+_GZIP_MAGIC = b"\x1f\x8b"
+_TAG = re.compile(r"<[^\s<>]+>")
+_FORMS = "text:PATTERN with {split} and {lang}, tfds:NAME/CONFIG or demo, each with ;weight=W and ;tag=<TAG> if wanted"
+# Whatever any reader of lines might take for the end of one, and the tab that would end a column.
+_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+
+RawPair = tuple[bytes, bytes]
+
+
+def to_text(raw: bytes) -> str:
+    """One side of a pair as text without line breaks: invalid UTF-8 becomes U+FFFD, NUL goes, a break is a space."""
+    return single_line(raw.decode("utf-8", errors="replace"))
+
+
+def single_line(text: str) -> str:
+    """Text without NUL, and with each run of line breaks and tabs made one space; blanks at both ends go."""
+    if not text.isprintable():  # which is quick to ask, and hardly ever so
+        text = _BREAKS.sub(" ", text.replace("\0", ""))
+    return text.strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSpec:
+    """One element of `data.corpus`, taken apart."""
+
+    text: str
+    kind: str
+    location: str
+    weight: float = 1.0
+    tag: str | None = None
+
+
+def parse_spec(text: str) -> CorpusSpec:
+    """Takes `KIND:LOCATION;weight=W;tag=<TAG>` apart. Raises InputError where it has another form."""
+    where, *options = text.split(";")
+    kind, _, location = where.partition(":")
+    if kind not in ("text", "tfds", "demo") or bool(location) == (kind == "demo"):
+        raise InputError(f"data.corpus={text!r}: not a corpus; write {_FORMS}")
+    weight, tag = 1.0, None
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "weight":
+            weight = _parse_weight(text, value)
+        elif name == "tag":
+            if not _TAG.fullmatch(value):
+                raise InputError(f"data.corpus={text!r}: tag {value!r} must stand in angle brackets, such as <2de>")
+            tag = value
+        else:
+            raise InputError(f"data.corpus={text!r}: unknown option {option!r}; write ;weight=W or ;tag=<TAG>")
+    return CorpusSpec(text, kind, location, weight, tag)
+
+
+def _parse_weight(text: str, value: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise InputError(f"data.corpus={text!r}: weight {value!r} must be a number above 0: passes over it in an epoch")
+    return weight
+
+
+class Corpus(abc.ABC):
+    """Sentence pairs of one origin, for one direction of translation."""
+
+    def __init__(self, spec: CorpusSpec, source_language: str, target_language: str):
+        self.spec = spec
+        self.source_language = source_language
+        self.target_language = target_language
+
+    @property
+    def name(self) -> str:
+        return self.spec.text.partition(";")[0]
+
+    @abc.abstractmethod
+    def has_split(self, split: str) -> bool:
+        """Whether the corpus has that split."""
+
+    @abc.abstractmethod
+    def where(self, split: str) -> str:
+        """The split's files or set, for messages."""
+
+    @abc.abstractmethod
+    def pairs(self, split: str) -> Iterator[RawPair]:
+        """Streams (source, target) as bytes without the line's end. Raises InputError at what cannot be read."""
+
+    @abc.abstractmethod
+    def identity(self, split: str) -> list[dict[str, Any]]:
+        """What tells a changed origin from the same one: for each file its path, bytes, mtime_ns and sha256."""
+
+
+class TextCorpus(Corpus):
+    """Text files, one sentence a line: two files, or one with source TAB target where PATTERN has no {lang}."""
+
+    def paths(self, split: str) -> list[epath.Path]:
+        """The source's and the target's file, or the one file of both."""
+        languages = [self.source_language, self.target_language] if "{lang}" in self.spec.location else [""]
+        return [
+            epath.Path(self.spec.location.replace("{split}", split).replace("{lang}", language)).expanduser()
+            for language in languages
+        ]
+
+    def where(self, split: str) -> str:
+        return " and ".join(str(path) for path in self.paths(split))
+
+    def has_split(self, split: str) -> bool:
+        # Without {split} the one file is the training text: validating on it would say nothing.
+        return "{split}" in self.spec.location and any(path.exists() for path in self.paths(split))
+
+    def pairs(self, split: str) -> Iterator[RawPair]:
+        paths = self.paths(split)
+        for path in paths:
+            if not path.exists():
+                raise InputError(
+                    f"{path}: no such file, which data.corpus={self.spec.text!r} names for the split {split!r}; "
+                    "correct the pattern, data.train_split, data.validation_split or the languages"
+                )
+        return _columns(paths[0]) if len(paths) == 1 else _parallel(*paths)
+
+    def identity(self, split: str) -> list[dict[str, Any]]:
+        return [file_identity(path) for path in self.paths(split)]
+
+
+def read_lines(path: epath.Path) -> Iterator[bytes]:
+    """Streams a file's lines, plain or gzip by its first bytes; a line ends at b"\\n" alone, the last maybe without."""
+    try:
+        with path.open("rb") as file:
+            start: bytes = file.read(len(_GZIP_MAGIC))
+            file.seek(0)
+            lines = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20) if start == _GZIP_MAGIC else file
+            for number, line in enumerate(lines):
+                if number == 0:
+                    line = line.removeprefix(BOM)
+                yield line.removesuffix(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a readable plain or gzip text file") from error
+
+
+def _parallel(source_path: epath.Path, target_path: epath.Path) -> Iterator[RawPair]:
+    sources, targets = read_lines(source_path), read_lines(target_path)
+    count = 0
+    for source in sources:
+        target = next(targets, None)
+        if target is None:
+            raise _unequal(source_path, count + 1 + sum(1 for _ in sources), target_path, count)
+        count += 1
+        yield source, target
+    rest = sum(1 for _ in targets)
+    if rest:
+        raise _unequal(source_path, count, target_path, count + rest)
+
+
+def _unequal(source_path: epath.Path, sources: int, target_path: epath.Path, targets: int) -> InputError:
+    return InputError(
+        f"{source_path} has {sources} lines and {target_path} has {targets}: line n of one must translate line n "
+        "of the other; cut both files from the same pairs"
+    )
+
+
+def _columns(path: epath.Path) -> Iterator[RawPair]:
+    for number, line in enumerate(read_lines(path), start=1):
+        source, tab, target = line.partition(b"\t")
+        if not tab and line.strip():
+            raise InputError(f"{path}, line {number}: no tab; each line must be source TAB target")
+        yield source, target.partition(b"\t")[0]  # further columns are scores and notes
+
+
+def file_identity(path: epath.Path) -> dict[str, Any]:
+    """Path, size, time of change and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"path": str(path), **file_stamp(path), "sha256": digest.hexdigest()}
+
+
+def file_stamp(path: epath.Path) -> dict[str, int]:
+    """What is cheap to know of a file: its size in bytes, and when it was changed (0 where the storage won't say)."""
+    stat = path.stat()
+    return {"bytes": int(stat.length), "mtime_ns": 0 if "://" in str(path) else os.stat(path).st_mtime_ns}
+
+
+def open_corpora(data: DataConfig) -> list[Corpus]:
+    """The corpora that `data.corpus` names, none of them read yet. Raises InputError at a spec of another form."""
+    corpora: list[Corpus] = []
+    for text in data.corpus:
+        spec = parse_spec(text)
+        kind: type[Corpus] = TextCorpus
+        if spec.kind != "text":
+            from tfm.data import tfds_corpus  # TFDS takes a second to import, and text files don't need it
+
+            kind = {"tfds": tfds_corpus.TfdsCorpus, "demo": tfds_corpus.DemoCorpus}[spec.kind]
+        corpora.append(kind(spec, data.source_language, data.target_language))
+    return corpora
+
+
+def corpora_with(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
+    """The corpora that have the split. Raises InputError where none has."""
+    found = [corpus for corpus in corpora if corpus.has_split(split)]
+    if not found:
+        raise InputError(
+            f"no corpus has the split {split!r} ({'; '.join(corpus.where(split) for corpus in corpora)}): "
+            "set data.validation_split to one that there is, or add it"
+        )
+    return found

@@ -1,0 +1,46 @@
+"""BLEU and chrF of a whole corpus, each with the signature that says how it was counted (Post, 2018)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score from 0 to 100."""
+
+    value: float
+    signature: str
+
+
+def corpus_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
+    """{"bleu", "chrf"}: cased, over detokenised text, as sacreBLEU counts them by default."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scores = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        value = metric.corpus_score(list(hypotheses), [list(references)]).score
+        scores[name] = Score(value, metric.get_signature().format(short=False))
+    return scores
+
+
+def tokenised_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score | None:
+    """BLEU of lower-cased text in Moses' tokens, which papers on small corpora report; None without sacremoses.
+
+    Not to be compared with `corpus_scores`: it counts other tokens, and does not see case.
+    """
+    if importlib.util.find_spec("sacremoses") is None:
+        return None
+    from sacrebleu.metrics import BLEU
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
+
+    normalise, tokenise = MosesPunctNormalizer(lang=language).normalize, MosesTokenizer(lang=language).tokenize
+
+    def tokens(lines: Sequence[str]) -> list[str]:
+        return [tokenise(normalise(line.lower()), return_str=True, escape=False) for line in lines]
+
+    metric = BLEU(tokenize="none", lowercase=False, force=True)
+    value = metric.corpus_score(tokens(hypotheses), [tokens(references)]).score
+    return Score(value, f"lower-cased, sacremoses tokens|{metric.get_signature().format(short=False)}")

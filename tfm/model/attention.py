@@ -1,0 +1,169 @@
+"""Masks, scaled dot-product attention and multi-head attention (Vaswani et al., 2017, sections 3.2.1 to 3.2.3).
+
+Attention is told segment ids, positions and whether it is causal, never a dense mask: the mask is built inside the path
+that needs one, so that a flash kernel can take that path's place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tfm.config import ModelConfig
+from tfm.model.dropout import DropoutKey, dropout
+from tfm.sharding import LogicalAxes, constrain
+
+# Finite, so that a query with no key at all (padding) gives a number instead of NaN.
+MASKED = -1e9
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of a sequence stand: all that attention needs to know of them."""
+
+    segments_BL: jax.Array  # int32; which pair of the row a token belongs to, from 1; 0 is padding
+    positions_BL: jax.Array  # int32; position within the pair, from 0
+
+
+def attention_mask(queries: Tokens, keys: Tokens, *, causal: bool) -> jax.Array:
+    """Bool [B, T, S]: may the query see the key? Only within its own segment and, if causal, not ahead of itself."""
+    mask_BTS = queries.segments_BL[:, :, None] == keys.segments_BL[:, None, :]
+    if causal:
+        mask_BTS &= queries.positions_BL[:, :, None] >= keys.positions_BL[:, None, :]
+    return mask_BTS
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """float32 means float32 on every device: without this, accelerators would round the operands."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def dot_product_attention(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+    site: int = 0,
+) -> jax.Array:
+    """softmax(Q Kᵀ / √d_k) V, equation 1, the softmax in float32. `v` may have another head width. [B, T, H, K_v]."""
+    precision = matmul_precision(q_BTHK.dtype)
+    q_BTHK = q_BTHK / math.sqrt(q_BTHK.shape[-1])
+    scores_BHTS = jnp.einsum(
+        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores_BHTS = constrain(scores_BHTS, "activation_batch", "activation_heads", "activation_length", None)
+    weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
+    weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key, site).astype(v_BSHK.dtype)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK, precision=precision)
+
+
+class Projection(nn.Module):
+    """A matrix product over the last `len(in_shape)` dimensions, with or without a bias.
+
+    The kernel has shape in_shape + out_shape and Glorot-uniform initial values, the bias out_shape and zeros.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: LogicalAxes  # logical names of the kernel's dimensions
+    dtype: jnp.dtype
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = tuple(range(len(self.in_shape)))
+        outer = tuple(range(len(self.in_shape), len(self.axes)))
+        initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inner, out_axis=outer)
+        shape = self.in_shape + self.out_shape
+        kernel = self.param("kernel", nn.with_logical_partitioning(initializer, self.axes), shape, jnp.float32)
+        contracted = tuple(range(x.ndim - len(self.in_shape), x.ndim))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            ((contracted, inner), ((), ())),
+            precision=matmul_precision(self.dtype),
+        )
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
+            bias = self.param("bias", zeros, self.out_shape, jnp.float32)
+            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + self.out_shape)
+        return y
+
+
+class LayerCache(NamedTuple):
+    """What one decoder layer remembers of a batch of sentences while they are translated.
+
+    Self-attention has keys and values a beam; those of cross-attention belong to the sentence and its beams share them.
+    """
+
+    self_keys_BWTHK: jax.Array
+    self_values_BWTHK: jax.Array
+    cross_keys_BSHK: jax.Array
+    cross_values_BSHK: jax.Array
+
+
+class MultiHeadAttention(nn.Module):
+    """MultiHead(Q, K, V) of section 3.2.2; no biases, as there."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        c = self.config
+        axes_in, axes_out = ("embed", "heads", "kv"), ("heads", "kv", "embed")
+        self.query = Projection((c.d_model,), (c.num_heads, c.key_width), axes_in, self.dtype)
+        self.key = Projection((c.d_model,), (c.num_heads, c.key_width), axes_in, self.dtype)
+        self.value = Projection((c.d_model,), (c.num_heads, c.value_width), axes_in, self.dtype)
+        self.output = Projection((c.num_heads, c.value_width), (c.d_model,), axes_out, self.dtype)
+
+    def keys_and_values(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, H, K] and values [B, S, H, K_v] of a sequence."""
+        axes = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+        return constrain(self.key(memory_BSD), *axes), constrain(self.value(memory_BSD), *axes)
+
+    def __call__(
+        self, x_BTD: jax.Array, memory_BSD: jax.Array, mask_BTS: jax.Array, key: DropoutKey | None, site: int
+    ) -> jax.Array:
+        """[B, T, D]: what each position of `x` takes from `memory`, which is `x` itself in self-attention."""
+        q_BTHK = constrain(
+            self.query(x_BTD), "activation_batch", "activation_length", "activation_heads", "activation_kv"
+        )
+        k_BSHK, v_BSHK = self.keys_and_values(memory_BSD)
+        rate = self.config.attention_dropout_rate
+        out_BTHK = dot_product_attention(
+            q_BTHK, k_BSHK, v_BSHK, mask_BTS, dropout_rate=rate, dropout_key=key, site=site
+        )
+        return self.output(out_BTHK)
+
+    def decode_self(
+        self, x_BWD: jax.Array, keys_BWTHK: jax.Array, values_BWTHK: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """One position of causal self-attention: `x` attends to positions 0 to `position` of its own beam's cache.
+
+        Returns the output [B, W, D] and the keys and values with `position` written.
+        """
+        k_BWHK, v_BWHK = self.keys_and_values(x_BWD)
+        keys_BWTHK = jax.lax.dynamic_update_slice_in_dim(keys_BWTHK, k_BWHK[:, :, None], position, axis=2)
+        values_BWTHK = jax.lax.dynamic_update_slice_in_dim(values_BWTHK, v_BWHK[:, :, None], position, axis=2)
+        q_BWHK = self.query(x_BWD) / math.sqrt(self.config.key_width)
+        precision = matmul_precision(self.dtype)
+        scores_BWHT = jnp.einsum(
+            "BWHK,BWTHK->BWHT", q_BWHK, keys_BWTHK, precision=precision, preferred_element_type=jnp.float32
+        )
+        seen_T = jnp.arange(keys_BWTHK.shape[2]) <= position
+        weights_BWHT = jax.nn.softmax(jnp.where(seen_T[None, None, None], scores_BWHT, MASKED), axis=-1)
+        out_BWHK = jnp.einsum("BWHT,BWTHK->BWHK", weights_BWHT.astype(self.dtype), values_BWTHK, precision=precision)
+        return self.output(out_BWHK), keys_BWTHK, values_BWTHK
+
+    def decode_cross(
+        self, x_BWD: jax.Array, keys_BSHK: jax.Array, values_BSHK: jax.Array, source_mask_BS: jax.Array
+    ) -> jax.Array:
+        """One position of cross-attention [B, W, D]; the beams of a sentence are its queries, so they share its keys."""
+        mask_BWS = jnp.broadcast_to(source_mask_BS[:, None], x_BWD.shape[:2] + source_mask_BS.shape[1:])
+        return self.output(dot_product_attention(self.query(x_BWD), keys_BSHK, values_BSHK, mask_BWS))

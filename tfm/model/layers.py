@@ -1,0 +1,186 @@
+"""The feed-forward block, embedding and positions, and the encoder and decoder layers (sections 3.1, 3.3 to 3.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tfm.config import ModelConfig
+from tfm.model.attention import LayerCache, MultiHeadAttention, Projection, matmul_precision
+from tfm.model.dropout import DropoutKey, dropout
+from tfm.sharding import constrain
+
+# Where in a layer dropout is applied; each site draws bits of its own.
+_SITES = {name: i for i, name in enumerate(("input", "self", "cross", "mlp", "self_weights", "cross_weights", "inner"))}
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding table: a multiple of 128, so that it divides over any mesh and fills matrix units."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def sinusoids(positions_BL: jax.Array, d_model: int) -> jax.Array:
+    """Position encodings [B, L, D], float32: sines at even features, cosines at odd ones (section 3.5)."""
+    frequencies = jnp.exp(jnp.arange(0, d_model, 2, dtype=jnp.float32) * (-math.log(10_000.0) / d_model))
+    angles = positions_BL[..., None].astype(jnp.float32) * frequencies.reshape((1,) * positions_BL.ndim + (-1,))
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BL.shape, d_model)
+
+
+class Embedding(nn.Module):
+    """A table of token vectors, used for input, for output, or for both (section 3.4)."""
+
+    config: ModelConfig
+    vocab_size: int
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        d_model = self.config.d_model
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(d_model**-0.5), ("vocab", "embed"))
+        self.table_VD = self.param("table", initializer, (padded_vocab_size(self.vocab_size), d_model), jnp.float32)
+
+    def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, key: DropoutKey | None) -> jax.Array:
+        """[B, L, D]: token vectors times √d_model, plus position encodings, with dropout."""
+        x_BLD = self.table_VD[tokens_BL] * math.sqrt(self.config.d_model) + sinusoids(positions_BL, self.config.d_model)
+        x_BLD = dropout(x_BLD, self.config.dropout_rate, key, _SITES["input"]).astype(self.dtype)
+        return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32, V the padded size: ids beyond the vocabulary are the loss's and the search's to leave out."""
+        logits_BTV = jnp.einsum(
+            "BTD,VD->BTV",
+            x_BTD.astype(self.dtype),
+            self.table_VD.astype(self.dtype),
+            precision=matmul_precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return constrain(logits_BTV, "activation_batch", "activation_length", "activation_vocab")
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over features, in float32 (Ba et al., 2016)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        norm = nn.LayerNorm(
+            epsilon=1e-6,
+            dtype=jnp.float32,
+            scale_init=nn.with_logical_partitioning(ones, ("embed",)),
+            bias_init=nn.with_logical_partitioning(zeros, ("embed",)),
+            name="norm",
+        )
+        return norm(x_BLD).astype(self.dtype)
+
+
+class FeedForward(nn.Module):
+    """max(0, x W1 + b1) W2 + b2 (equation 2), or with another activation."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, key: DropoutKey | None) -> jax.Array:
+        c = self.config
+        x_BLF = Projection((c.d_model,), (c.d_ff,), ("embed", "mlp"), self.dtype, use_bias=True, name="inner")(x_BLD)
+        x_BLF = constrain(x_BLF, "activation_batch", "activation_length", "activation_mlp")
+        x_BLF = dropout(_ACTIVATIONS[c.activation](x_BLF), c.activation_dropout_rate, key, _SITES["inner"])
+        return Projection((c.d_ff,), (c.d_model,), ("mlp", "embed"), self.dtype, use_bias=True, name="outer")(x_BLF)
+
+
+class _Layer(nn.Module):
+    """What encoder and decoder layers share: a residual sum around each block, normed after or before (section 3.1)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def residual(
+        self, x: jax.Array, norm: LayerNorm, block: Callable[[jax.Array], jax.Array], key: DropoutKey | None, site: str
+    ) -> jax.Array:
+        """LayerNorm(x + Dropout(Block(x))), or x + Dropout(Block(LayerNorm(x))) with `norm="pre"`."""
+        pre = self.config.norm == "pre"
+        y = dropout(block(norm(x) if pre else x), self.config.dropout_rate, key, _SITES[site])
+        y = constrain(x + y, "activation_batch", "activation_length", "activation_embed")
+        return y if pre else norm(y)
+
+
+class EncoderLayer(_Layer):
+    def setup(self) -> None:
+        self.self_attention = MultiHeadAttention(self.config, self.dtype)
+        self.self_norm = LayerNorm(self.dtype)
+        self.feed_forward = FeedForward(self.config, self.dtype)
+        self.feed_forward_norm = LayerNorm(self.dtype)
+
+    def __call__(self, x_BSD: jax.Array, mask_BSS: jax.Array, key: DropoutKey | None) -> jax.Array:
+        def attend(x: jax.Array) -> jax.Array:
+            return self.self_attention(x, x, mask_BSS, key, _SITES["self_weights"])
+
+        x_BSD = self.residual(x_BSD, self.self_norm, attend, key, "self")
+        return self.residual(x_BSD, self.feed_forward_norm, lambda x: self.feed_forward(x, key), key, "mlp")
+
+
+class DecoderLayer(_Layer):
+    def setup(self) -> None:
+        self.self_attention = MultiHeadAttention(self.config, self.dtype)
+        self.self_norm = LayerNorm(self.dtype)
+        self.cross_attention = MultiHeadAttention(self.config, self.dtype)
+        self.cross_norm = LayerNorm(self.dtype)
+        self.feed_forward = FeedForward(self.config, self.dtype)
+        self.feed_forward_norm = LayerNorm(self.dtype)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        memory_BSD: jax.Array,
+        self_mask_BTT: jax.Array,
+        cross_mask_BTS: jax.Array,
+        key: DropoutKey | None,
+    ) -> jax.Array:
+        def attend(x: jax.Array) -> jax.Array:
+            return self.self_attention(x, x, self_mask_BTT, key, _SITES["self_weights"])
+
+        def look(x: jax.Array) -> jax.Array:
+            return self.cross_attention(x, memory_BSD, cross_mask_BTS, key, _SITES["cross_weights"])
+
+        x_BTD = self.residual(x_BTD, self.self_norm, attend, key, "self")
+        x_BTD = self.residual(x_BTD, self.cross_norm, look, key, "cross")
+        return self.residual(x_BTD, self.feed_forward_norm, lambda x: self.feed_forward(x, key), key, "mlp")
+
+    def new_cache(self, memory_BSD: jax.Array, beams: int, length: int) -> LayerCache:
+        """An empty cache for `length` positions of `beams` hypotheses a sentence; cross-attention's part is final."""
+        c, batch = self.config, memory_BSD.shape[0]
+        return LayerCache(
+            jnp.zeros((batch, beams, length, c.num_heads, c.key_width), self.dtype),
+            jnp.zeros((batch, beams, length, c.num_heads, c.value_width), self.dtype),
+            *self.cross_attention.keys_and_values(memory_BSD),
+        )
+
+    def decode_step(
+        self, x_BWD: jax.Array, cache: LayerCache, source_mask_BS: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """The layer at one target position of each beam."""
+        written: list[jax.Array] = []
+
+        def attend(x: jax.Array) -> jax.Array:
+            out, *keys_and_values = self.self_attention.decode_self(
+                x, cache.self_keys_BWTHK, cache.self_values_BWTHK, position
+            )
+            written.extend(keys_and_values)
+            return out
+
+        def look(x: jax.Array) -> jax.Array:
+            return self.cross_attention.decode_cross(x, cache.cross_keys_BSHK, cache.cross_values_BSHK, source_mask_BS)
+
+        x_BWD = self.residual(x_BWD, self.self_norm, attend, None, "self")
+        x_BWD = self.residual(x_BWD, self.cross_norm, look, None, "cross")
+        x_BWD = self.residual(x_BWD, self.feed_forward_norm, lambda x: self.feed_forward(x, None), None, "mlp")
+        return x_BWD, cache._replace(self_keys_BWTHK=written[0], self_values_BWTHK=written[1])

@@ -1,0 +1,220 @@
+"""The stacks, and the three ways in: training over whole rows, encoding, and one step of decoding.
+
+Training scans over the layers, so that compile time does not grow with depth: parameters of a stack have a leading
+dimension `layers`. Decoding never scans its cache, which would copy it every token: `unstack` cuts the parameters into
+layers once, and `decode_step` goes through them one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tfm.config import ModelConfig
+from tfm.model.attention import LayerCache, Tokens, attention_mask
+from tfm.model.dropout import DropoutKey
+from tfm.model.layers import DecoderLayer, Embedding, EncoderLayer, LayerNorm, padded_vocab_size
+
+Parameters = dict[str, Any]
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
+    """Type of matrix products on a platform ("cpu", "gpu", "tpu")."""
+    name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+class _Stack(nn.Module):
+    """`depth` layers of one kind, scanned, with the closing norm that pre-norm stacks need."""
+
+    layer: type[EncoderLayer | DecoderLayer]
+    depth: int
+    config: ModelConfig
+    dtype: jnp.dtype
+    remat: str
+    unroll: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: tuple[jax.Array, ...], key: DropoutKey | None) -> jax.Array:
+        def apply_layer(layer: Any, x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            return layer(x, *context, None if key is None else key.fold_in(index)), None
+
+        if self.remat != "none":
+            # prevent_cse guards against an optimisation that a scan's body cannot undergo anyway.
+            apply_layer = nn.remat(apply_layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        scan = nn.scan(
+            apply_layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=min(self.unroll, self.depth),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        # The name is explicit, so that a remat policy never renames a parameter.
+        x, _ = scan(self.layer(self.config, self.dtype, name="layers"), x, jnp.arange(self.depth))
+        return LayerNorm(self.dtype, name="final_norm")(x) if self.config.norm == "pre" else x
+
+
+class Transformer(nn.Module):
+    """The model of training, over packed rows."""
+
+    config: ModelConfig
+    vocab_size: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+    remat: str = "none"
+    unroll: int = 1
+
+    def setup(self) -> None:
+        c = self.config
+        self.target_embedding = Embedding(c, self.vocab_size, self.dtype)
+        self.source_embedding = (
+            self.target_embedding if c.tie_embeddings == "all" else Embedding(c, self.vocab_size, self.dtype)
+        )
+        self.output_embedding = (
+            self.target_embedding if c.tie_embeddings != "none" else Embedding(c, self.vocab_size, self.dtype)
+        )
+        self.encoder = _Stack(EncoderLayer, c.encoder_layers, c, self.dtype, self.remat, self.unroll)
+        self.decoder = _Stack(DecoderLayer, c.decoder_layers, c, self.dtype, self.remat, self.unroll)
+
+    def encode(self, tokens_BS: jax.Array, source: Tokens, key: DropoutKey | None = None) -> jax.Array:
+        """Memory [B, S, D]."""
+        mask_BSS = attention_mask(source, source, causal=False)
+        key = None if key is None else key.fold_in(0)
+        x_BSD = self.source_embedding(tokens_BS, source.positions_BL, key)
+        return self.encoder(x_BSD, (mask_BSS,), key)
+
+    def decode(
+        self,
+        tokens_BT: jax.Array,
+        target: Tokens,
+        memory_BSD: jax.Array,
+        source: Tokens,
+        key: DropoutKey | None = None,
+    ) -> jax.Array:
+        """The last layer's output [B, T, D] at every target position; `tokens` are the inputs, each shifted right."""
+        self_mask_BTT = attention_mask(target, target, causal=True)
+        cross_mask_BTS = attention_mask(target, source, causal=False)
+        key = None if key is None else key.fold_in(1)
+        x_BTD = self.target_embedding(tokens_BT, target.positions_BL, key)
+        return self.decoder(x_BTD, (memory_BSD, self_mask_BTT, cross_mask_BTS), key)
+
+    def __call__(
+        self,
+        source_tokens_BS: jax.Array,
+        source: Tokens,
+        target_inputs_BT: jax.Array,
+        target: Tokens,
+        key: DropoutKey | None = None,
+    ) -> jax.Array:
+        """The decoder's output [B, T, D] at every target position; `logits` or the loss project it."""
+        memory_BSD = self.encode(source_tokens_BS, source, key)
+        return self.decode(target_inputs_BT, target, memory_BSD, source, key)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] of the decoder's output, float32, V padded."""
+        return self.output_embedding.logits(x_BTD)
+
+
+def abstract_parameters(model: Transformer) -> Parameters:
+    """Shapes of the parameters, each boxed with its logical axes; nothing is allocated."""
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+
+
+def init_parameters(model: Transformer, seed: int) -> Parameters:
+    """Plain nested dict of float32 arrays. Jit it with `out_shardings`: no unsharded copy need ever exist."""
+    return nn.meta.unbox(_init(model, jax.random.key(seed)))
+
+
+def _init(model: Transformer, key: jax.Array) -> Parameters:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    where = Tokens(tokens, tokens)
+
+    def both(model: Transformer) -> jax.Array:
+        return model.logits(model(tokens, where, tokens, where))
+
+    return nn.init(both, model)(key)["params"]
+
+
+def output_table(model: Transformer, parameters: Parameters) -> jax.Array:
+    """Output embedding [V, D], float32, V padded."""
+    return parameters["output_embedding" if model.config.tie_embeddings == "none" else "target_embedding"]["table"]
+
+
+def count_parameters(model: Transformer) -> int:
+    """Number of parameters, without the embedding rows that only pad the table."""
+    leaves = jax.tree.leaves(nn.meta.unbox(abstract_parameters(model)))
+    tables = {"all": 1, "target": 2, "none": 3}[model.config.tie_embeddings]
+    padding = padded_vocab_size(model.vocab_size) - model.vocab_size
+    return sum(leaf.size for leaf in leaves) - tables * padding * model.config.d_model
+
+
+class DecodeCache(NamedTuple):
+    """All that decoding remembers between steps: it is passed in and returned, never held by a module."""
+
+    layers: tuple[LayerCache, ...]
+    source_mask_BS: jax.Array  # bool; False is padding
+    position: jax.Array  # int32; target positions written so far
+
+
+def unstack(parameters: Parameters) -> Parameters:
+    """Parameters with each stack cut into a list of layers, the form that decoding takes."""
+
+    def cut(stack: Parameters) -> Parameters:
+        depth = jax.tree.leaves(stack["layers"])[0].shape[0]
+        return {**stack, "layers": [jax.tree.map(lambda p, i=i: p[i], stack["layers"]) for i in range(depth)]}
+
+    return {**parameters, "encoder": cut(parameters["encoder"]), "decoder": cut(parameters["decoder"])}
+
+
+def start_decoding(
+    model: Transformer, unstacked: Parameters, source_tokens_BS: jax.Array, mask_BS: jax.Array, *, beams: int, length: int
+) -> DecodeCache:
+    """Encodes sentences, one a row, and lays out a cache for `length` target positions of `beams` hypotheses each."""
+    c, dtype = model.config, model.dtype
+    positions_BS = jnp.broadcast_to(jnp.arange(source_tokens_BS.shape[1])[None], source_tokens_BS.shape)
+    source = Tokens(mask_BS.astype(jnp.int32), positions_BS)
+    table = unstacked["target_embedding" if c.tie_embeddings == "all" else "source_embedding"]
+    x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, source_tokens_BS, positions_BS, None)
+    mask_BSS = attention_mask(source, source, causal=False)
+    for layer in unstacked["encoder"]["layers"]:
+        x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, mask_BSS, None)
+    memory_BSD = _final_norm(model, unstacked["encoder"], x_BSD)
+    caches = [
+        DecoderLayer(c, dtype).apply({"params": layer}, memory_BSD, beams, length, method="new_cache")
+        for layer in unstacked["decoder"]["layers"]
+    ]
+    return DecodeCache(tuple(caches), mask_BS, jnp.zeros((), jnp.int32))
+
+
+def decode_step(
+    model: Transformer, unstacked: Parameters, tokens_BW: jax.Array, cache: DecodeCache
+) -> tuple[jax.Array, DecodeCache]:
+    """Logits [B, W, V] (float32, V padded) after these tokens at the cache's position, and the cache with them."""
+    c, dtype, position = model.config, model.dtype, cache.position
+    embedding = Embedding(c, model.vocab_size, dtype)
+    positions_BW = jnp.broadcast_to(position, tokens_BW.shape)
+    x_BWD = embedding.apply({"params": unstacked["target_embedding"]}, tokens_BW, positions_BW, None)
+    layers = []
+    for parameters, layer_cache in zip(unstacked["decoder"]["layers"], cache.layers, strict=True):
+        x_BWD, layer_cache = DecoderLayer(c, dtype).apply(
+            {"params": parameters}, x_BWD, layer_cache, cache.source_mask_BS, position, method="decode_step"
+        )
+        layers.append(layer_cache)
+    x_BWD = _final_norm(model, unstacked["decoder"], x_BWD)
+    table = {"table": output_table(model, unstacked)}
+    logits_BWV = embedding.apply({"params": table}, x_BWD, method="logits")
+    return logits_BWV, cache._replace(layers=tuple(layers), position=position + 1)
+
+
+def _final_norm(model: Transformer, stack: Parameters, x: jax.Array) -> jax.Array:
+    if model.config.norm == "post":
+        return x
+    return LayerNorm(model.dtype).apply({"params": stack["final_norm"]}, x)

@@ -1,0 +1,183 @@
+"""Devices, the mesh, and where every array lives on it: the only file that knows physical axes.
+
+Modules name the axes of their parameters and activations logically; `RULES` alone maps these names to mesh axes.
+Parameters and activations have names of their own, since one table for both would put batch and width on one axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.linen import meta
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tfm.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    # activations
+    "activation_batch": BATCH_AXES,
+    "activation_length": None,
+    "activation_embed": None,
+    "activation_heads": "tensor",
+    "activation_kv": None,
+    "activation_mlp": "tensor",
+    "activation_vocab": "tensor",
+}
+
+LogicalAxes = tuple[str | None, ...]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh with the axes `AXES`, all Auto (Linen's logical metadata needs that), over all devices.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise ConfigError(f"{asked}: {len(devices)} devices cannot be divided by {fixed}")
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(f"{asked}: needs {math.prod(sizes)} devices, and there are {len(devices)}")
+    if devices[0].platform == "cpu":  # topology-aware placement has nothing to know about simulated devices
+        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_of(names: LogicalAxes) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have these logical names (None: not split).
+
+    Raises:
+      ValueError: a name without a rule, or two names that map to one mesh axis; the message names both.
+    """
+    owner: dict[str, str] = {}
+    spec = []
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r} in {names}: known are {', '.join(RULES)}")
+        physical = RULES[name] if name is not None else None
+        for axis in (physical,) if isinstance(physical, str) else physical or ():
+            if axis in owner:
+                raise ValueError(
+                    f"logical axes {owner[axis]!r} and {name!r} of one array {names} both map to mesh axis {axis!r}"
+                )
+            owner[axis] = str(name)
+        spec.append(physical)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tells the compiler how an activation is split; without a mesh in scope (`jax.set_mesh`), `x` as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(names))
+
+
+def logical_axes(boxed: Any) -> Any:
+    """Tree of logical axis names out of an abstract tree of parameters as Linen boxes them."""
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+
+
+def unboxed(tree: Any) -> Any:
+    """A tree of parameters without the boxes that hold their logical axes."""
+    return meta.unbox(tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the data axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of pieces that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parameter_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
+    """Shardings of a tree of parameters with the logical `axes` of `logical_axes`.
+
+    Raises:
+      ConfigError: a dimension that the mesh axes do not divide, with the parameter, the axis and the sizes.
+    """
+
+    def sharding(path: Any, leaf: Any, names: LogicalAxes) -> NamedSharding:
+        spec = spec_of(names)
+        for size, name, axis in zip(leaf.shape, names, spec, strict=True):
+            parts = mesh.shape[axis] if axis else 1
+            if size % parts:
+                raise ConfigError(
+                    f"parameter {jax.tree_util.keystr(path)} has {size} along {name!r}, which mesh.{axis}={parts} "
+                    f"does not divide: use a divisor of {size} for mesh.{axis}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract, axes)
+
+
+def decode_shardings(mesh: Mesh, axes: Any) -> Any:
+    """Shardings of parameters for decoding: split over `tensor` alone, for every step needs them all."""
+
+    def sharding(names: LogicalAxes) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(axis if axis == "tensor" else None for axis in spec_of(names))))
+
+    return jax.tree.map(sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def optimizer_shardings(mesh: Mesh, state: Any, parameters: Any, axes: Any) -> Any:
+    """Shardings of an Optax state: each leaf lies as the parameter whose path ends its own path.
+
+    A factored statistic has its parameter's shape without one dimension, and its axes without that dimension's; what
+    belongs to no parameter, such as a count, is replicated.
+    """
+    shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    is_axes = dict(is_leaf=lambda x: isinstance(x, tuple))
+    names = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(axes, **is_axes)}
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        keys = _names(path)
+        for start in range(len(keys)):
+            if keys[start:] in shapes:
+                kept = _kept_axes(leaf.shape, shapes[keys[start:]], names[keys[start:]], keys[:start])
+                return NamedSharding(mesh, spec_of(kept))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """A tree path as the names along it."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _kept_axes(shape: tuple[int, ...], full: tuple[int, ...], axes: LogicalAxes, owner: tuple[str, ...]) -> LogicalAxes:
+    """Axes of a statistic of this shape, whose parameter has the shape `full`."""
+    if shape == full:
+        return axes
+    reduced = [i for i in range(len(full)) if full[:i] + full[i + 1 :] == shape]
+    if not reduced:  # a placeholder, where the statistic is not kept in this form
+        return (None,) * len(shape)
+    # Of two equal dimensions Adafactor's rows lose the last and its columns the first.
+    index = reduced[-1] if "v_row" in owner else reduced[0]
+    return axes[:index] + axes[index + 1 :]

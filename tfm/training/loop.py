@@ -1,0 +1,352 @@
+"""The training loop: resume, step, metrics, evaluate, save; and the same again until the run ends or is told to.
+
+The step number is the whole position in the data, so that resuming is: restore the newest checkpoint, cut what the log
+says of later steps, and go on with batch `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tfm import sharding
+from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncate_metrics
+from tfm.config import Config, ConfigError, InputError
+from tfm.data.batches import TrainBatches, validation_batches
+from tfm.data.store import TokenStore, prepare, store_directory
+from tfm.decoding.scores import corpus_scores
+from tfm.decoding.translator import Translator
+from tfm.model.transformer import Transformer, compute_dtype, count_parameters
+from tfm.training.metrics import MetricsWriter, read_events
+from tfm.training.step import Trainer, TrainState
+
+_log = logging.getLogger(__name__)
+
+Scores = dict[str, float]
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row were not finite. The parameters are still good: each of these updates was skipped."""
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> int:
+    """Trains until `training.steps`, resuming what stands in `workdir`. Returns the exit status of the run.
+
+    0 when the run reached its end (early stopping is one), 143 after SIGTERM and 130 after Ctrl-C, both once the state
+    is saved.
+
+    Raises:
+      InputError: wrong input, or a disk that is full; the run directory stays usable.
+      TrainingDiverged: as it says.
+    """
+    run = RunDirectory.create(workdir, config.validate())
+    with ExitStack() as stack:
+        return Run(config, run, stack).go()
+
+
+class Run:
+    """One run from its start or its resumption to its end."""
+
+    def __init__(self, config: Config, run: RunDirectory, stack: ExitStack):
+        """`stack` closes what the run opens: the log, and the checkpoint that is still being written."""
+        self.config, self.run = config, run
+        mesh = self.mesh = sharding.make_mesh(config.mesh)
+        initial = _run_to_start_from(config)
+        store = _prepared(config, run, initial)
+        self.model = Transformer(
+            config.model,
+            store.tokenizer.vocab_size,
+            compute_dtype(config.model, mesh.devices.flat[0].platform),
+            config.training.remat,
+            config.training.unroll_layers,
+        )
+        self.trainer = Trainer(config, self.model, mesh)
+        self.batches = TrainBatches(store, config.data.train_split, config)
+        self.validation = validation_batches(store, config.data.validation_split, config)
+        self.validation_text = store.text(config.data.validation_split)[: config.training.evaluate_sentences]
+        self.translator = Translator(self.model, mesh, store.tokenizer, config.decoding)
+        self.checkpointer = stack.enter_context(
+            Checkpointer(
+                run,
+                keep_last=config.training.keep_last,
+                keep_best=config.training.keep_best,
+                best="lower" if config.training.best_metric == "loss" else "higher",
+            )
+        )
+        self.state = self._resumed() or self._started(initial)
+        self.first_step = self.saved_step = int(self.state.step)
+        self.writer = stack.enter_context(
+            MetricsWriter(run.path, total_steps=config.training.steps, first_step=self.first_step)
+        )
+        _log.info(
+            "%s parameters, vocabulary of %s, mesh %s, %s in %s, batches of %d rows: %s",
+            f"{count_parameters(self.model):,}",
+            f"{self.model.vocab_size:,}",
+            dict(mesh.shape),
+            self.model.dtype,
+            run.path,
+            self.batches.rows_per_batch,
+            self.batches.describe(),
+        )
+
+    def go(self) -> int:
+        """The steps from the current one on. Returns the exit status."""
+        steps = self.config.training.steps
+        if self.first_step >= steps:
+            _log.info("%s: the run has all its %d steps; raise training.steps to go on", self.run.path, steps)
+            return 0
+        with _stop_signals() as stop, jax.set_mesh(self.mesh):
+            return self._steps(steps, stop)
+
+    def _steps(self, steps: int, stop: StopRequest) -> int:
+        progress = Progress(self.writer, self.config, self._checkpoint_to_name)
+        pending = None
+        batches = self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
+        for k, batch in batches:
+            self.state, metrics = self.trainer.train_step(self.state, batch)
+            # The order is important: step k is on its way before the numbers of step k - 1 are waited for.
+            if pending is not None:
+                progress.record(*pending)
+            step, pending = k + 1, (k + 1, metrics)
+            evaluate = step % self.config.training.evaluate_every == 0 or step == steps
+            if evaluate or step % self.config.training.checkpoint_every == 0 or stop.requested:
+                progress.record(*pending)
+                pending = None
+                with progress.paused():
+                    scores = self._evaluate(step) if evaluate and not stop.requested else None
+                    self._save(step, scores)
+                if stop.requested and step < steps:
+                    batches.close()
+                    self.checkpointer.wait()
+                    _log.warning("%s: saved step %d; the same command goes on from there", stop.name, step)
+                    return stop.status
+                if scores is not None and self._should_stop_early():
+                    batches.close()
+                    break
+            self.checkpointer.poll()
+        self.checkpointer.wait()
+        _log.info("%s: the run ended at step %d", self.run.path, int(self.state.step))
+        return 0
+
+    def _evaluate(self, step: int) -> Scores:
+        """Loss over the whole validation split, BLEU and chrF over its first sentences, with the averaged parameters."""
+        parameters = self.state.averaged()
+        sums = [
+            self.trainer.evaluation_step(
+                parameters, self.validation.global_batch(i, sharding.batch_sharding(self.mesh))
+            )
+            for i in range(len(self.validation))
+        ]
+        loss, nll, tokens = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
+        scores = {"loss": loss / tokens, "nll": nll / tokens, "perplexity": _perplexity(nll / tokens)}
+        self.translator.set_parameters(parameters)
+        sources, references = zip(*self.validation_text, strict=True)
+        hypotheses = [translation.text for translation in self.translator.translate(sources)]
+        scores |= {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
+        self.writer.write({"step": step, "kind": "validation", **scores})
+        return scores
+
+    def _save(self, step: int, scores: Scores | None) -> None:
+        metadata = {"plan": self.batches.plan_identity, "scores": scores}
+        metric = None if scores is None else scores[self.config.training.best_metric]
+        self.checkpointer.save(step, _to_dict(self.state), metadata, metric)
+        self.saved_step = step
+
+    def _checkpoint_to_name(self) -> int:
+        return self.saved_step
+
+    def _resumed(self) -> TrainState | None:
+        """The newest good checkpoint, if there is one; the log is cut to what was known there."""
+        abstract = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            self.trainer.abstract_state,
+            self.trainer.state_shardings,
+        )
+        restored = self.checkpointer.resume(_to_dict(abstract))
+        step = 0 if restored is None else restored.step
+        truncate_metrics(self.run.metrics_path, step)
+        if restored is None:
+            return None
+        _refuse_other_plan(self.run, restored.metadata.get("plan"), self.batches.plan_identity)
+        _log.info("%s: resumes after step %d", self.run.path, step)
+        return _from_dict(restored.state)
+
+    def _started(self, initial: RunDirectory | None) -> TrainState:
+        state = self.trainer.init()
+        if initial is None:
+            return state
+        abstract = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            self.trainer.abstract_state.parameters,
+            self.trainer.state_shardings.parameters,
+        )
+        restored = CheckpointReader(initial).restore_parameters(abstract)
+        _log.info("%s: starts from the parameters of %s, step %d", self.run.path, initial.path, restored.step)
+        ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, restored.state)
+        return state._replace(parameters=restored.state, ema=ema)
+
+    def _should_stop_early(self) -> bool:
+        """No better evaluation for `early_stopping` times? The log is the memory of it, so that a resumed run agrees."""
+        patience, name = self.config.training.early_stopping, self.config.training.best_metric
+        if not patience:
+            return False
+        sign = -1.0 if name == "loss" else 1.0
+        values = [
+            sign * event[name]
+            for event in read_events(self.run.metrics_path)
+            if event.get("kind") == "validation" and event.get(name) is not None
+        ]
+        since_best = len(values) - 1 - values.index(max(values)) if values else 0
+        if since_best >= patience:
+            _log.info("%d evaluations without a better %s: the run ends early", since_best, name)
+        return since_best >= patience
+
+
+class Progress:
+    """Turns the metrics of steps into events, and notices when the updates stop being finite."""
+
+    def __init__(self, writer: MetricsWriter, config: Config, last_checkpoint: Any):
+        self.writer, self.config, self.last_checkpoint = writer, config, last_checkpoint
+        self._start_interval()
+
+    def record(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Waits for the step and takes note of it; an event every `training.log_every` steps.
+
+        Raises TrainingDiverged after `training.max_skipped_steps` updates in a row that were not finite.
+        """
+        numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        skipped_in_a_row = int(numbers.pop("skipped_in_a_row"))
+        self._steps += 1
+        self._source_tokens += numbers.pop("source_tokens")
+        self._target_tokens += numbers.pop("target_tokens")
+        if skipped_in_a_row:
+            _log.warning("step %d: the loss or its gradient is not finite; the update was skipped", step)
+        if step % self.config.training.log_every == 0:
+            seconds = max(time.perf_counter() - self._started, 1e-9)
+            self.writer.write(
+                {
+                    "step": step,
+                    "kind": "train",
+                    **numbers,
+                    "perplexity": _perplexity(numbers["nll"]),
+                    "source_tokens_per_second": self._source_tokens / seconds,
+                    "target_tokens_per_second": self._target_tokens / seconds,
+                    "steps_per_second": self._steps / seconds,
+                }
+            )
+            self._start_interval()
+        if skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise TrainingDiverged(
+                f"step {step}: {skipped_in_a_row} updates in a row were not finite, and none of them was applied; the "
+                f"last good checkpoint is step {self.last_checkpoint()}: lower optimizer.learning_rate or set "
+                "optimizer.clip_norm, in a new --workdir, or look at the data of these steps"
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluating and saving do not count as training time."""
+        start = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - start
+
+    def _start_interval(self) -> None:
+        self._started = time.perf_counter()
+        self._steps, self._source_tokens, self._target_tokens = 0, 0.0, 0.0
+
+
+class StopRequest:
+    """A signal that asked the run to save and end."""
+
+    _STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C is not to be waited out
+        self._signal = signal.Signals(number)
+        _log.warning("%s: the run ends after this step and its checkpoint", self._signal.name)
+
+    @property
+    def requested(self) -> bool:
+        return self._signal is not None
+
+    @property
+    def name(self) -> str:
+        return self._signal.name if self._signal is not None else ""
+
+    @property
+    def status(self) -> int:
+        return self._STATUS[self._signal] if self._signal is not None else 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[StopRequest]:
+    """While it lasts, SIGTERM and Ctrl-C only ask."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_to_start_from(config: Config) -> RunDirectory | None:
+    """The run whose parameters and tokenizer this one takes over."""
+    path = config.training.initialize_from
+    if path is None:
+        return None
+    if config.data.tokenizer is not None:
+        raise ConfigError(
+            f"training.initialize_from={path} brings its own tokenizer, and data.tokenizer={config.data.tokenizer} "
+            "names another: leave one of them out"
+        )
+    return RunDirectory.open(path)
+
+
+def _prepared(config: Config, run: RunDirectory, initial: RunDirectory | None) -> TokenStore:
+    """The token store, built if it is not there, and the run's own copy of its tokenizer."""
+    tokenizer = None if initial is None else Path(initial.tokenizer_path)
+    store = prepare(config, store_directory(config, run.path), tokenizer)
+    run.install_tokenizer(store.tokenizer_path)
+    return store
+
+
+def _refuse_other_plan(run: RunDirectory, there: Any, now: Mapping[str, Any]) -> None:
+    """Batch k must be the batch that it was when the checkpoint was written."""
+    there = there or {}
+    differing = [name for name in now if there.get(name) != now[name]]
+    if differing:
+        parts = ", ".join(f"{name} was {there.get(name)!r} and is {now[name]!r}" for name in differing)
+        raise InputError(
+            f"{run.path}: the data is not what the checkpoint was trained on: {parts}: put the corpus back as it was, "
+            "or use another --workdir"
+        )
+
+
+def _to_dict(state: TrainState) -> dict[str, Any]:
+    """A train state under the names that checkpoints use; the moving average only where there is one."""
+    return {name: value for name, value in state._asdict().items() if value is not None}
+
+
+def _from_dict(values: Mapping[str, Any]) -> TrainState:
+    return TrainState(**{"ema": None, **values})
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

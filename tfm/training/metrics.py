@@ -1,0 +1,281 @@
+"""Where numbers go: a line of JSON an event, TensorBoard, a progress bar or log lines, and learning curves.
+
+An event is a dictionary with `step` and `kind` ("train", "validation", …); the rest are floats. `metrics.jsonl` is the
+record, the others are views of it. Loss and nll are in nats per target token, perplexity is exp(nll), BLEU and chrF run
+from 0 to 100, paddings are shares from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tfm.config import InputError
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+PICTURE_NAME = "curves.png"
+SECONDS_BETWEEN_LOG_LINES = 30.0
+SECONDS_BETWEEN_FLUSHES = 10.0  # of TensorBoard's file, each of which waits for the disk
+
+# Okabe and Ito's colours, which can be told apart with any colour vision.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+
+
+class MetricsWriter:
+    """Writes the events of one run into its directory; a context manager.
+
+    What is in `metrics.jsonl` already is kept. The picture is drawn anew after each validation event and at the end.
+
+    Args:
+      workdir: the run directory, which exists.
+      total_steps: updates in the run, for the progress bar.
+      first_step: updates that are done already; TensorBoard drops what it has of later ones.
+      progress: show a bar on stderr if that is a terminal, otherwise a log line at most every half minute.
+
+    Raises InputError naming the path where something cannot be written.
+    """
+
+    def __init__(self, workdir: Path, *, total_steps: int, first_step: int = 0, progress: bool = True) -> None:
+        self.path = workdir / FILE_NAME
+        self.picture = workdir / PICTURE_NAME
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._progress = progress
+        self._resources = contextlib.ExitStack()
+        self._bar: Any = None
+        self._last_log_line = -math.inf
+
+    def __enter__(self) -> MetricsWriter:
+        with _naming(self.path):
+            _cut_torn_line(self.path)
+            # Unbuffered: an event is one write, so that a killed run has either the whole line or none of it.
+            self._file = self._resources.enter_context(open(self.path, "ab", buffering=0))
+            board = _TensorBoard(self.path.parent / "tensorboard", self._first_step)
+            self._board = self._resources.enter_context(contextlib.closing(board))
+        if self._progress and sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            self._resources.enter_context(logging_redirect_tqdm())
+            self._bar = self._resources.enter_context(
+                tqdm(total=self._total_steps, initial=self._first_step, unit="step", dynamic_ncols=True)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            with self._resources, _naming(self.picture):
+                self._draw()
+        else:
+            # The error under way says what went wrong; a second one on closing, of the same full disk, would hide it.
+            with contextlib.suppress(OSError):
+                self._resources.close()
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Records one event: {"step": 10, "kind": "train", "loss": 5.1, …}; a number not finite is stored as null."""
+        step, kind = int(event["step"]), str(event["kind"])
+        numbers = {name: float(value) for name, value in event.items() if name not in ("step", "kind")}
+        with _naming(self.path):
+            self._append({"step": step, "kind": kind} | {n: _or_null(value) for n, value in numbers.items()})
+            self._board.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
+        if kind == "validation":
+            self._draw()
+        if self._progress:
+            self._show(step, kind, numbers)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # a disk that has just become full takes a part, and refuses the rest
+                self._file.write(line[written:])
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+
+    def _draw(self) -> None:
+        with _naming(self.picture):
+            draw_curves(self.path, self.picture)
+
+    def _show(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
+        if kind == "train" and self._bar is not None:
+            self._bar.set_postfix_str(_summary(numbers), refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if kind == "train" and step < self._total_steps and now - self._last_log_line < SECONDS_BETWEEN_LOG_LINES:
+            return
+        if kind == "train":
+            self._last_log_line = now
+            log.info("step %d of %d: %s", step, self._total_steps, _summary(numbers))
+        else:
+            log.info("step %d of %d, %s: %s", step, self._total_steps, kind, _summary(numbers))
+
+
+class _TensorBoard:
+    """TensorBoard's event file, written in the caller's own thread.
+
+    tensorboardX's SummaryWriter writes in a thread which ends at the first error, and then blocks its caller for ever:
+    a full disk would hang the run in place of ending it.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(exist_ok=True)
+        # Two starts within a second would otherwise share a name, and the second would empty the first one's file.
+        self._file = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{first_step}")
+        if first_step:  # what stands in older files after the step that was resumed from is void
+            start = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+        self._flushed = 0.0
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
+        self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a `metrics.jsonl`, in order; null stands for a number that was not finite.
+
+    Raises InputError naming the file and the line that holds no event.
+    """
+    with _naming(path, "read"):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict) and {"step", "kind"} <= event.keys():
+            yield event
+        elif number < len(lines):  # the last one, without its line end, is from a run that was killed while it wrote
+            raise InputError(f"{path}:{number}: not an event of tfm: expected JSON with step and kind")
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draws the learning curves in `metrics` (metrics.jsonl) as a PNG, which replaces the old one when it is whole.
+
+    Raises InputError naming the line of `metrics` that holds no event, and OSError.
+    """
+    # Without pyplot: no display, no global state, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    for event in read_events(metrics):
+        for name, value in event.items():
+            if name not in ("step", "kind") and value is not None:
+                steps, values = curves.setdefault((event["kind"], name), ([], []))
+                steps.append(event["step"])
+                values.append(value)
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    loss, score, rate = figure.subplots(1, 3)
+    _line(loss, curves, "train", "loss", _GREY, "training, smoothed labels", linewidth=1)
+    _line(loss, curves, "train", "nll", _BLUE, "training", linewidth=1)
+    _line(loss, curves, "validation", "nll", _ORANGE, "validation", marker="o")
+    _finish(loss, "Loss", "nats per target token")
+    _line(score, curves, "validation", "bleu", _BLUE, "BLEU", marker="o")
+    _line(score, curves, "validation", "chrf", _GREEN, "chrF", marker="s", linestyle="--")
+    _finish(score, "Validation translations", "score, 0 to 100")
+    score.set_ylim(bottom=0)
+    _line(rate, curves, "train", "learning_rate", _BLUE, "learning rate")
+    _finish(rate, "Learning rate", "per update")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+
+    unfinished = picture.with_name(f".{picture.name}.{os.getpid()}")
+    try:
+        figure.savefig(unfinished, format="png")
+        os.replace(unfinished, picture)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _line(axes: Any, curves: Mapping[Any, Any], kind: str, name: str, color: str, label: str, **style: Any) -> None:
+    if (kind, name) in curves:
+        axes.plot(*curves[kind, name], color=color, label=label, markersize=4, **style)
+
+
+def _finish(axes: Any, title: str, unit: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step (update)")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _summary(numbers: Mapping[str, float]) -> str:
+    """The numbers of an event that a reader watches, in words."""
+    forms = {
+        "loss": "loss {:.3f}",
+        "perplexity": "perplexity {:.2f}",
+        "bleu": "BLEU {:.2f}",
+        "chrf": "chrF {:.2f}",
+        "steps_per_second": "{:.2f} steps/s",
+        "target_tokens_per_second": "{:,.0f} target tokens/s",
+    }
+    parts = [form.format(numbers[name]) for name, form in forms.items() if name in numbers]
+    if numbers.get("skipped_steps"):
+        parts.append(f"{numbers['skipped_steps']:.0f} steps skipped")
+    return ", ".join(parts)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Takes away a last line without its end, which a machine that went down while it wrote leaves behind."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            log.warning("%s: its last line was cut short (%d bytes); it is dropped", path, len(content) - whole)
+            file.truncate(whole)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, verb: str = "written") -> Iterator[None]:
+    """Turns an OSError into an InputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise InputError(
+            f"{where}: cannot be {verb}: {error.strerror or error}; mend that and run the same command again"
+        ) from error
