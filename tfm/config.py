@@ -21,23 +21,33 @@ class ConfigError(InputError):
     """A config that cannot describe a run; the message names the fields."""
 
 
+def _at_least(low: int, default: Any) -> Any:
+    """A field whose value, unless it is None, must be `low` or more."""
+    return dataclasses.field(default=default, metadata={"low": low})
+
+
+def _share(default: float) -> Any:
+    """A field whose value is a part of a whole: from 0 to below 1."""
+    return dataclasses.field(default=default, metadata={"low": 0, "below": 1})
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The encoder-decoder Transformer; the defaults are the paper's base model (Vaswani et al., 2017, Table 3)."""
 
-    d_model: int = 512
+    d_model: int = _at_least(1, 512)
     """Width of the residual stream, in features."""
-    d_ff: int = 2048
+    d_ff: int = _at_least(1, 2048)
     """Inner width of the feed-forward block, in features."""
-    num_heads: int = 8
+    num_heads: int = _at_least(1, 8)
     """Attention heads."""
-    d_k: int | None = None
+    d_k: int | None = _at_least(1, None)
     """Width of a query or key head, in features; d_model / num_heads when unset."""
-    d_v: int | None = None
+    d_v: int | None = _at_least(1, None)
     """Width of a value head, in features; d_model / num_heads when unset."""
-    encoder_layers: int = 6
+    encoder_layers: int = _at_least(1, 6)
     """Layers of the encoder."""
-    decoder_layers: int = 6
+    decoder_layers: int = _at_least(1, 6)
     """Layers of the decoder."""
     norm: Literal["post", "pre"] = "post"
     """Layer norm after each residual sum (the paper), or before each block and once at the end of each stack."""
@@ -45,11 +55,11 @@ class ModelConfig:
     """Non-linearity of the feed-forward block."""
     tie_embeddings: Literal["all", "target", "none"] = "all"
     """Which tables are one: source, target and output projection (the paper); target and output; or none."""
-    dropout_rate: float = 0.1
+    dropout_rate: float = _share(0.1)
     """Share of features dropped from each block's output and from the embedded input, 0 to 1."""
-    attention_dropout_rate: float = 0.0
+    attention_dropout_rate: float = _share(0.0)
     """Share of attention weights dropped, 0 to 1."""
-    activation_dropout_rate: float = 0.0
+    activation_dropout_rate: float = _share(0.0)
     """Share of the feed-forward block's inner features dropped, 0 to 1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
@@ -80,29 +90,29 @@ class DataConfig:
     """Split to validate on."""
     test_split: str = "test"
     """Split that `evaluate` scores when no files are given."""
-    vocab_size: int = 32000
+    vocab_size: int = _at_least(1, 32000)
     """Pieces of the tokenizer, both languages together; lowered, with a warning, to what a small corpus can bear."""
     tokenizer: str | None = None
     """A SentencePiece model to use in place of training one."""
-    tokenizer_sample: int = 2_000_000
+    tokenizer_sample: int = _at_least(1, 2_000_000)
     """Sentences, both sides together, that the tokenizer is trained on."""
     tokenizer_model: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model that is trained."""
-    source_row_length: int = 256
+    source_row_length: int = _at_least(1, 256)
     """Source tokens in a training row; several pairs share a row."""
-    target_row_length: int = 256
+    target_row_length: int = _at_least(1, 256)
     """Target tokens in a training row; several pairs share a row."""
     max_length_ratio: float = 9.0
     """A training pair is dropped when one side has more than this many times the tokens of the other, both plus 5."""
     drop_duplicates: bool = False
     """Drop exact repetitions of a training pair."""
-    window_pairs: int = 1_000_000
+    window_pairs: int = _at_least(1, 1_000_000)
     """Pairs that are packed together; an epoch is cut into windows of this many."""
     store: str | None = None
     """Directory of the token store; WORKDIR/store when unset. May be gs://."""
     cache_dir: str | None = None
     """Local directory into which each host copies the token store once; unset, the store is read where it is."""
-    read_ahead: int = 8
+    read_ahead: int = _at_least(1, 8)
     """Batches built ahead of the step."""
 
 
@@ -114,25 +124,25 @@ class OptimizerConfig:
     """Update rule."""
     schedule: Literal["inverse_sqrt", "cosine", "wsd"] = "inverse_sqrt"
     """Learning rate after warm-up: the paper's, a cosine to the end of the run, or constant with a linear decay."""
-    learning_rate: float | None = None
+    learning_rate: float | None = _at_least(0, None)
     """Peak learning rate; the paper's (d_model * warmup_steps) ** -0.5 when unset."""
-    warmup_steps: int = 4000
+    warmup_steps: int = _at_least(1, 4000)
     """Steps of linear warm-up."""
-    decay_steps: int | None = None
+    decay_steps: int | None = _at_least(1, None)
     """Last steps of a wsd schedule, over which the rate falls; a fifth of the run when unset."""
-    final_learning_rate: float = 0.0
+    final_learning_rate: float = _share(0.0)
     """Share of the peak that a cosine or wsd schedule ends at, 0 to 1."""
-    beta1: float = 0.9
+    beta1: float = _share(0.9)
     """Decay of Adam's first moment."""
-    beta2: float = 0.98
+    beta2: float = _share(0.98)
     """Decay of Adam's second moment."""
-    epsilon: float = 1e-9
+    epsilon: float = _at_least(0, 1e-9)
     """Added to Adam's denominator."""
-    weight_decay: float = 0.0
+    weight_decay: float = _at_least(0, 0.0)
     """Decoupled weight decay of matrices (adamw and adafactor), per unit of learning rate."""
-    clip_norm: float = 0.0
+    clip_norm: float = _at_least(0, 0.0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
-    ema_decay: float = 0.0
+    ema_decay: float = _share(0.0)
     """Decay of the parameters' moving average, which evaluation and translation then use; 0 is off."""
 
 
@@ -140,37 +150,37 @@ class OptimizerConfig:
 class TrainingConfig:
     """The training loop."""
 
-    steps: int = 100_000
+    steps: int = _at_least(1, 100_000)
     """Updates in the run."""
-    target_tokens_per_batch: int = 25_600
+    target_tokens_per_batch: int = _at_least(1, 25_600)
     """Room for target tokens in one update's global batch, padding included."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = _at_least(1, 1)
     """Micro-batches that one update's batch is computed in."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = _share(0.1)
     """Probability spread evenly over the vocabulary, 0 to 1."""
-    seed: int = 0
+    seed: int = _at_least(0, 0)
     """Seed of initial parameters, dropout and the order of the data."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again to save memory: nothing, all but matrix products, or whole layers."""
-    unroll_layers: int = 1
+    unroll_layers: int = _at_least(1, 1)
     """Layers that the compiled step has side by side; more are faster on a CPU, and take longer to compile."""
-    log_every: int = 10
+    log_every: int = _at_least(1, 10)
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = _at_least(1, 1000)
     """Steps between checkpoints."""
-    keep_last: int = 3
+    keep_last: int = _at_least(1, 3)
     """Newest checkpoints kept."""
-    keep_best: int = 1
+    keep_best: int = _at_least(0, 1)
     """Best checkpoints kept, by `best_metric` on the validation split."""
-    evaluate_every: int = 1000
+    evaluate_every: int = _at_least(1, 1000)
     """Steps between evaluations on the validation split; an evaluated step also gets a checkpoint."""
-    evaluate_sentences: int = 2000
+    evaluate_sentences: int = _at_least(1, 2000)
     """Validation sentences that are translated for BLEU and chrF; the loss is always taken over all of them."""
     best_metric: Literal["bleu", "chrf", "loss"] = "bleu"
     """What makes a checkpoint the best."""
-    early_stopping: int = 0
+    early_stopping: int = _at_least(0, 0)
     """Evaluations without a better `best_metric` after which the run ends; 0 is off."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = _at_least(1, 10)
     """Non-finite updates in a row, each skipped, after which the run ends."""
     initialize_from: str | None = None
     """Run directory whose parameters and tokenizer this run starts from, with a fresh optimizer."""
@@ -194,15 +204,15 @@ class MeshConfig:
 class DecodingConfig:
     """Translation."""
 
-    beam_size: int = 1
+    beam_size: int = _at_least(1, 1)
     """Hypotheses kept for a sentence; 1 is greedy search."""
-    length_penalty: float = 0.6
+    length_penalty: float = _at_least(0, 0.6)
     """Alpha of Wu et al. (2016), equation 14; no effect on greedy search."""
-    max_extra_tokens: int = 50
+    max_extra_tokens: int = _at_least(0, 50)
     """A translation has at most this many tokens more than its source (section 6.1 of the paper)."""
-    max_source_length: int = 256
+    max_source_length: int = _at_least(1, 256)
     """Source tokens, end included, in one compiled program; a longer line is cut into pieces and joined again."""
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int = _at_least(1, 8192)
     """Source tokens, padding included, in one decoded batch."""
     average: str | None = None
     """Checkpoints whose parameters are averaged: last:N or best:N; the best one alone when unset."""
@@ -272,43 +282,21 @@ def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], where: str) -
             raise ConfigError(f"unknown field {where}{name}{hint}")
 
 
-_AT_LEAST_ONE = (
-    "model.d_model model.d_ff model.num_heads model.d_k model.d_v model.encoder_layers model.decoder_layers "
-    "data.vocab_size data.tokenizer_sample data.source_row_length data.target_row_length data.window_pairs "
-    "data.read_ahead optimizer.warmup_steps optimizer.decay_steps training.steps training.target_tokens_per_batch "
-    "training.gradient_accumulation training.log_every training.checkpoint_every training.keep_last "
-    "training.evaluate_every training.evaluate_sentences training.unroll_layers training.max_skipped_steps decoding.beam_size "
-    "decoding.max_source_length decoding.tokens_per_batch"
-).split()
-_NOT_NEGATIVE = (
-    "optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm training.keep_best "
-    "training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens"
-).split()
-_SHARES = (  # of something: from 0 to 1, and 1 itself would leave nothing
-    "model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate optimizer.beta1 optimizer.beta2 "
-    "optimizer.ema_decay training.label_smoothing"
-).split()
-
-
 def _check_ranges(config: Config) -> None:
-    fields = fields_of(config)
-    for name in _AT_LEAST_ONE:
-        if fields[name] is not None and fields[name] < 1:
-            raise ConfigError(f"{name}={fields[name]}: must be at least 1")
-    for name in _NOT_NEGATIVE:
-        if fields[name] is not None and fields[name] < 0:
-            raise ConfigError(f"{name}={fields[name]}: must not be negative")
-    for name in _SHARES:
-        if not 0 <= fields[name] < 1:
-            raise ConfigError(f"{name}={fields[name]}: must be at least 0 and below 1")
-    if not 0 <= config.optimizer.final_learning_rate <= 1:
-        raise ConfigError(f"optimizer.final_learning_rate={config.optimizer.final_learning_rate}: must be from 0 to 1")
     for section in dataclasses.fields(config):
-        for name, hint in get_type_hints(get_type_hints(Config)[section.name]).items():
-            choices = [c for c in get_args(hint) if isinstance(c, str)]
-            value = fields[f"{section.name}.{name}"]
+        values = getattr(config, section.name)
+        hints = get_type_hints(type(values))
+        for field in dataclasses.fields(values):
+            name, value = f"{section.name}.{field.name}", getattr(values, field.name)
+            choices = [choice for choice in get_args(hints[field.name]) if isinstance(choice, str)]
             if choices and value not in choices:
-                raise ConfigError(f"{section.name}.{name}={value!r}: must be one of {', '.join(choices)}")
+                raise ConfigError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+            low, below = field.metadata.get("low"), field.metadata.get("below")
+            # Written so that NaN, which is on neither side of anything, fails too.
+            if value is not None and low is not None and not low <= value:
+                raise ConfigError(f"{name}={value}: must be at least {low}")
+            if value is not None and below is not None and not value < below:
+                raise ConfigError(f"{name}={value}: must be below {below}")
 
 
 def _check_pairs(config: Config) -> None:

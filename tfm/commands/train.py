@@ -17,7 +17,7 @@ class Arguments:
     workdir: Path
     """Directory of the run: its config, tokenizer, checkpoints and numbers."""
     config: str | None = None
-    """Name of a shipped config, or the path of a .py file with get_config(); the run's own when resuming without one."""
+    """Name of a shipped config, or the path of a .py file with get_config(); the run's own if there is one."""
 
 
 def main(argv: list[str]) -> int:

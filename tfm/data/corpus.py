@@ -140,7 +140,7 @@ class TextCorpus(Corpus):
                     f"{path}: no such file, which data.corpus={self.spec.text!r} names for the split {split!r}; "
                     "correct the pattern, data.train_split, data.validation_split or the languages"
                 )
-        return _columns(paths[0]) if len(paths) == 1 else _parallel(*paths)
+        return _columns(paths[0]) if len(paths) == 1 else parallel_lines(*paths)
 
     def identity(self, split: str) -> list[dict[str, Any]]:
         return [file_identity(path) for path in self.paths(split)]
@@ -161,7 +161,8 @@ def read_lines(path: epath.Path) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot be read ({error}); give a readable plain or gzip text file") from error
 
 
-def _parallel(source_path: epath.Path, target_path: epath.Path) -> Iterator[RawPair]:
+def parallel_lines(source_path: epath.Path, target_path: epath.Path) -> Iterator[RawPair]:
+    """Streams the lines of two files in pairs. Raises InputError where one has more of them, or cannot be read."""
     sources, targets = read_lines(source_path), read_lines(target_path)
     count = 0
     for source in sources:

@@ -1,4 +1,4 @@
-"""Search over `step_fn(tokens, cache) -> (logits, cache)`: it knows no model, and can be tested on a table of numbers."""
+"""Search over `step_fn(tokens, cache) -> (logits, cache)`: it knows no model, and is tested on tables of numbers."""
 
 from __future__ import annotations
 

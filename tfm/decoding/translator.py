@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from tfm import sharding
 from tfm.checkpoint import CheckpointReader, RunDirectory
-from tfm.config import DecodingConfig, InputError
+from tfm.config import Config, DecodingConfig, InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.decoder import Bucket, Decoder
 from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
@@ -52,23 +52,22 @@ class Translator:
     def __init__(self, model: Transformer, mesh: Mesh, tokenizer: Tokenizer, config: DecodingConfig):
         self.tokenizer, self.config = tokenizer, config
         self.decoder = Decoder(model, mesh, config, tokenizer.banned_ids)
+        self.steps: tuple[int, ...] = ()
+        """The checkpoints that the parameters are of, where they come from a run directory."""
 
     @classmethod
-    def load(
-        cls, workdir: str | Path, decoding: DecodingConfig | None = None, checkpoint: str | int | None = None
-    ) -> Translator:
+    def load(cls, workdir: str | Path, config: Config | None = None, checkpoint: str | int | None = None) -> Translator:
         """The translator of a run directory.
 
         Args:
           workdir: the run directory.
-          decoding: in place of what the run's own config says.
+          config: the run's config with another mesh or decoding; as the run has it, when None.
           checkpoint: a step, last, best, last:N or best:N (the mean of N); `decoding.average`, or the best, when None.
 
         Raises InputError where there is no usable run.
         """
         run = RunDirectory.open(workdir)
-        config = run.config.validate()
-        decoding = decoding or config.decoding
+        config = (config or run.config).validate()
         if not run.tokenizer_path.exists():
             raise InputError(f"{run.tokenizer_path}: is missing: the run directory is not whole")
         tokenizer = Tokenizer.load(run.tokenizer_path)
@@ -79,12 +78,12 @@ class Translator:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
             sharding.unboxed(abstract_parameters(model)),
         )
-        restored = CheckpointReader(run).restore_parameters(
-            abstract, checkpoint if checkpoint is not None else decoding.average
-        )
+        which = checkpoint if checkpoint is not None else config.decoding.average
+        restored = CheckpointReader(run).restore_parameters(abstract, which)
         _log.info("%s: translates with the parameters of step %s", run.path, ", ".join(map(str, restored.steps)))
-        translator = cls(model, mesh, tokenizer, decoding)
+        translator = cls(model, mesh, tokenizer, config.decoding)
         translator.set_parameters(restored.state)
+        translator.steps = restored.steps
         return translator
 
     def set_parameters(self, parameters: Any) -> None:
@@ -95,13 +94,13 @@ class Translator:
         """One translation for each line, in their order; that of an empty or blank line is empty."""
         return list(self.stream(lines))
 
-    def stream(self, lines: Iterable[str]) -> Iterator[Translation]:
-        """As `translate`, for a stream of any length: at most `WINDOW_LINES` lines are held at a time."""
+    def stream(self, lines: Iterable[str], window: int | None = None) -> Iterator[Translation]:
+        """As `translate`, for a stream of any length: at most `window` lines (`WINDOW_LINES` when None) are held."""
         remaining = iter(lines)
         first = 1
-        while window := list(islice(remaining, WINDOW_LINES)):
-            yield from self._translate_window(window, first)
-            first += len(window)
+        while held := list(islice(remaining, window or WINDOW_LINES)):
+            yield from self._translate_window(held, first)
+            first += len(held)
 
     def _translate_window(self, lines: Sequence[str], first: int) -> list[Translation]:
         pieces = self._pieces(lines, first)

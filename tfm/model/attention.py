@@ -54,9 +54,7 @@ def dot_product_attention(
     """softmax(Q Kᵀ / √d_k) V, equation 1, the softmax in float32. `v` may have another head width. [B, T, H, K_v]."""
     precision = matmul_precision(q_BTHK.dtype)
     q_BTHK = q_BTHK / math.sqrt(q_BTHK.shape[-1])
-    scores_BHTS = jnp.einsum(
-        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32)
     scores_BHTS = constrain(scores_BHTS, "activation_batch", "activation_heads", "activation_length", None)
     weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
     weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key, site).astype(v_BSHK.dtype)
@@ -164,6 +162,6 @@ class MultiHeadAttention(nn.Module):
     def decode_cross(
         self, x_BWD: jax.Array, keys_BSHK: jax.Array, values_BSHK: jax.Array, source_mask_BS: jax.Array
     ) -> jax.Array:
-        """One position of cross-attention [B, W, D]; the beams of a sentence are its queries, so they share its keys."""
+        """One position of cross-attention, [B, W, D]; a sentence's beams are its queries, and so share its keys."""
         mask_BWS = jnp.broadcast_to(source_mask_BS[:, None], x_BWD.shape[:2] + source_mask_BS.shape[1:])
         return self.output(dot_product_attention(self.query(x_BWD), keys_BSHK, values_BSHK, mask_BWS))

@@ -53,7 +53,7 @@ class Embedding(nn.Module):
         return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, V] float32, V the padded size: ids beyond the vocabulary are the loss's and the search's to leave out."""
+        """[B, T, V] float32, V the padded size: the loss and the search leave out ids beyond the vocabulary."""
         logits_BTV = jnp.einsum(
             "BTD,VD->BTV",
             x_BTD.astype(self.dtype),

@@ -175,7 +175,13 @@ def unstack(parameters: Parameters) -> Parameters:
 
 
 def start_decoding(
-    model: Transformer, unstacked: Parameters, source_tokens_BS: jax.Array, mask_BS: jax.Array, *, beams: int, length: int
+    model: Transformer,
+    unstacked: Parameters,
+    source_tokens_BS: jax.Array,
+    mask_BS: jax.Array,
+    *,
+    beams: int,
+    length: int,
 ) -> DecodeCache:
     """Encodes sentences, one a row, and lays out a cache for `length` target positions of `beams` hypotheses each."""
     c, dtype = model.config, model.dtype

@@ -139,7 +139,7 @@ class Run:
         return 0
 
     def _evaluate(self, step: int) -> Scores:
-        """Loss over the whole validation split, BLEU and chrF over its first sentences, with the averaged parameters."""
+        """Loss over the whole validation split, BLEU and chrF over its first sentences, of the averaged parameters."""
         parameters = self.state.averaged()
         sums = [
             self.trainer.evaluation_step(
@@ -196,7 +196,7 @@ class Run:
         return state._replace(parameters=restored.state, ema=ema)
 
     def _should_stop_early(self) -> bool:
-        """No better evaluation for `early_stopping` times? The log is the memory of it, so that a resumed run agrees."""
+        """No better evaluation for `early_stopping` times? The log remembers, so that a resumed run agrees."""
         patience, name = self.config.training.early_stopping, self.config.training.best_metric
         if not patience:
             return False
@@ -267,8 +267,6 @@ class Progress:
 class StopRequest:
     """A signal that asked the run to save and end."""
 
-    _STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
-
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
 
@@ -288,7 +286,7 @@ class StopRequest:
 
     @property
     def status(self) -> int:
-        return self._STATUS[self._signal] if self._signal is not None else 0
+        return 143 if self._signal == signal.SIGTERM else 130
 
 
 @contextmanager

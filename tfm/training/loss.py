@@ -71,9 +71,7 @@ def _sums(
     def chunk(total: tuple[LossSums, jax.Array | None], piece: tuple[jax.Array, ...]) -> tuple:
         sums, table_gradient_VD = total
         x_BCD, targets_BC, weights_BC = piece
-        logits_BCV = jnp.einsum(
-            "BCD,VD->BCV", x_BCD, table, precision=precision, preferred_element_type=jnp.float32
-        )
+        logits_BCV = jnp.einsum("BCD,VD->BCV", x_BCD, table, precision=precision, preferred_element_type=jnp.float32)
         logits_BCV = constrain(logits_BCV, "activation_batch", "activation_length", "activation_vocab")
         logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -1e9)
         is_target_BCV = ids_V == targets_BC[..., None]
@@ -147,6 +145,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def chunks_for(rows: int, length: int, padded_vocab: int, logits_per_chunk: int) -> int:
-    """Fewest pieces of a row's `length`, a divisor of it, that keep a chunk's logits of one device to the number given."""
-    fits = [n for n in range(1, length + 1) if length % n == 0 and rows * (length // n) * padded_vocab <= logits_per_chunk]
-    return fits[0] if fits else length
+    """Fewest pieces of a row's length, a divisor of it, that keep a device's logits to `logits_per_chunk` at once."""
+    for pieces in range(1, length):
+        if length % pieces == 0 and rows * (length // pieces) * padded_vocab <= logits_per_chunk:
+            return pieces
+    return length

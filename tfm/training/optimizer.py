@@ -44,8 +44,8 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
 
     Args:
       config: the update rule.
-      axes: logical axes of each parameter; `layers` is a batch axis here: it makes no bias a matrix, and statistics that
-        go over a whole array go over one layer at a time.
+      axes: logical axes of each parameter; `layers` is a batch axis here: it makes no bias a matrix, and statistics
+        that go over a whole array go over one layer at a time.
     """
     matrices = jax.tree.map(
         lambda names: len([n for n in names if n != "layers"]) > 1, axes, is_leaf=lambda x: isinstance(x, tuple)

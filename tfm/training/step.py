@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -190,16 +189,12 @@ class Trainer:
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
-    rows, parts = config.rows_per_batch, config.training.gradient_accumulation
-    shards = sharding.batch_shards(mesh) * parts
-    if rows % shards:
-        length = config.data.target_row_length
-        fits = max(rows // shards, 1) * shards * length
+    rows, parts, length = config.rows_per_batch, config.training.gradient_accumulation, config.data.target_row_length
+    shards = sharding.batch_shards(mesh)
+    if rows % (shards * parts):
+        fits = max(rows // (shards * parts), 1) * shards * parts * length
         raise ConfigError(
             f"training.target_tokens_per_batch={config.training.target_tokens_per_batch} makes {rows} rows of "
-            f"data.target_row_length={length}, which do not divide over {sharding.batch_shards(mesh)} shards (mesh.data x "
-            f"mesh.fsdp) x training.gradient_accumulation={parts}: use {fits} or {fits + shards * length} tokens"
+            f"data.target_row_length={length}, which do not divide over mesh.data x mesh.fsdp = {shards} shards and "
+            f"training.gradient_accumulation={parts}: use {fits} or {fits + shards * parts * length} tokens"
         )
-
-
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

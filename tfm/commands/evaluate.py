@@ -1,0 +1,98 @@
+"""Score translations: BLEU and chrF, with the signatures that say how they were counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from tfm.commands.options import parse
+from tfm.config import Config, InputError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Translate a test set and score the translations against its references."""
+
+    workdir: Path
+    """Directory of the run."""
+    source: Path | None = None
+    """File to translate, one sentence a line (.gz too); the run's data.test_split if unset."""
+    reference: Path | None = None
+    """File with the reference of each line of --source."""
+    json: str | None = None
+    """File for the scores as JSON; - is standard output."""
+    output: Path | None = None
+    """File for the translations, one a line."""
+    checkpoint: str | None = None
+    """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
+
+
+def main(argv: list[str]) -> int:
+    arguments, config = parse("evaluate", argv, Arguments)
+    sources, references = _pairs(arguments, config)
+    from tfm.decoding.scores import corpus_scores, tokenised_bleu
+    from tfm.decoding.translator import Translator
+
+    translator = Translator.load(arguments.workdir, config, arguments.checkpoint)
+    start = time.perf_counter()
+    hypotheses = [translation.text for translation in translator.translate(sources)]
+    seconds = time.perf_counter() - start
+    scores = corpus_scores(hypotheses, references)
+    if (tokenised := tokenised_bleu(hypotheses, references, config.data.target_language)) is not None:
+        scores["bleu_lowercased_tokenised"] = tokenised
+    rate = len(sources) / max(seconds, 1e-9)
+    _log.info("%d sentences in %.1f s, %.1f sentences/s, compiling included", len(sources), seconds, rate)
+    if arguments.output is not None:
+        _write(arguments.output, "".join(f"{line}\n" for line in hypotheses))
+    report = json.dumps(
+        {
+            "sentences": len(sources),
+            "steps": list(translator.steps),
+            "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
+        },
+        indent=2,
+    )
+    if arguments.json == "-":
+        print(report)
+        return 0
+    if arguments.json is not None:
+        _write(Path(arguments.json), report + "\n")
+    for name, score in scores.items():
+        print(f"{name:<26} {score.value:6.2f}   {score.signature}")
+    return 0
+
+
+def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:
+    """Source and reference lines. Raises InputError where there are none, or not as many of each."""
+    from etils import epath
+
+    from tfm.data.corpus import corpora_with, open_corpora, parallel_lines, to_text
+
+    if (arguments.source is None) != (arguments.reference is None):
+        missing = "--reference" if arguments.reference is None else "--source"
+        raise InputError(f"{missing} is missing: --source and --reference go together")
+    if arguments.source is not None and arguments.reference is not None:
+        raw = list(parallel_lines(epath.Path(arguments.source), epath.Path(arguments.reference)))
+        where = str(arguments.source)
+    else:
+        where = f"data.test_split={config.data.test_split}"
+        corpora = corpora_with(open_corpora(config.data), config.data.test_split)
+        raw = [pair for corpus in corpora for pair in corpus.pairs(config.data.test_split)]
+    if not raw:
+        raise InputError(
+            f"{where}: no sentence to score; name another with --source and --reference or data.test_split"
+        )
+    return [to_text(source) for source, _ in raw], [to_text(target) for _, target in raw]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"{path}: cannot be written: {error.strerror}; the scores follow", file=sys.stderr)

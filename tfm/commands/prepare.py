@@ -1,0 +1,28 @@
+"""Check the corpus, train the tokenizer and store the token ids; `train` does it too when it has not been done."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tfm.commands.options import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Check a corpus, train its tokenizer and store its token ids, once."""
+
+    workdir: Path
+    """Directory of the run; the token store is WORKDIR/store unless data.store says otherwise."""
+    config: str | None = None
+    """Name of a shipped config, or the path of a .py file with get_config(); the run's own if there is one."""
+
+
+def main(argv: list[str]) -> int:
+    arguments, config = parse("prepare", argv, Arguments)
+    from tfm.data.store import prepare, store_directory
+
+    store = prepare(config, store_directory(config, arguments.workdir))
+    print(store.report)
+    print(f"token store: {store.directory}, {store.tokenizer.vocab_size} pieces, corpus hash {store.corpus_hash[:16]}")
+    return 0
