@@ -1,7 +1,15 @@
-"""The environment of every test: eight simulated devices, strict shapes, nothing of the user's own."""
+"""The environment of every test: eight simulated devices, strict shapes, nothing of the user's own; and tiny runs."""
 
+import dataclasses
 import os
+import random
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tfm import config as tfm_config
 
 assert "jax" not in sys.modules, "the settings below only hold if they are made before JAX is imported"
 
@@ -15,3 +23,72 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.pop("TFDS_DATA_DIR", None)
+
+_WORDS = "red blue green gold black white".split()
+
+
+@pytest.fixture(scope="session")
+def reversal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of {split}.{lang}: sentences of 3 to 6 of six words (en), and the same backwards (de); no repetition."""
+    folder = tmp_path_factory.mktemp("reversal")
+    generator = random.Random(7)
+    sentences = list({tuple(generator.choices(_WORDS, k=generator.randint(3, 6))) for _ in range(4000)})
+    sentences.sort()
+    generator.shuffle(sentences)
+    splits = {"test": sentences[:100], "validation": sentences[100:140], "train": sentences[140:]}
+    for split, lines in splits.items():
+        (folder / f"{split}.en").write_text("".join(" ".join(words) + "\n" for words in lines))
+        (folder / f"{split}.de").write_text("".join(" ".join(words[::-1]) + "\n" for words in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(reversal: Path) -> Callable[..., tfm_config.Config]:
+    """`tiny_config({"training.steps": 5})`: a run of seconds on the corpus `reversal`, dropout on, with that changed."""
+    base = tfm_config.Config(
+        model=tfm_config.ModelConfig(
+            d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1, norm="pre", dropout_rate=0.1
+        ),
+        data=tfm_config.DataConfig(
+            corpus=(f"text:{reversal}/{{split}}.{{lang}}",),
+            vocab_size=300,
+            source_row_length=32,
+            target_row_length=32,
+        ),
+        optimizer=tfm_config.OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        training=tfm_config.TrainingConfig(
+            steps=6,
+            target_tokens_per_batch=256,
+            log_every=1,
+            checkpoint_every=1000,
+            evaluate_every=1000,
+            evaluate_sentences=4,
+        ),
+        decoding=tfm_config.DecodingConfig(max_source_length=16, tokens_per_batch=256, max_extra_tokens=4),
+    )
+
+    def make(changes: dict[str, object] | None = None) -> tfm_config.Config:
+        return changed(base, changes or {}).validate()
+
+    return make
+
+
+def changed(config: tfm_config.Config, changes: dict[str, object]) -> tfm_config.Config:
+    """The config with fields replaced by their dotted names."""
+    for name, value in changes.items():
+        section, field = name.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
+    return config
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs see the first of the simulated devices alone: tiny steps are several times as fast."""
+    import jax
+
+    from tfm import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))

@@ -164,6 +164,19 @@ def test_row_counts_are_remembered(tmp_path, monkeypatch):
     assert _plan([table], seed=1, memory=tmp_path)._ends == []
 
 
+def test_counts_recalled_from_a_checkpoint_save_the_counting(monkeypatch):
+    tables = [Table(1000)]
+    first = _plan(tables)
+    far = first.rows(900, 910)
+    second = _plan(tables)
+    second.recall(first.counts())
+    planned = []
+    plan_window = Plan._plan_window
+    monkeypatch.setattr(Plan, "_plan_window", lambda self, n: planned.append(n) or plan_window(self, n))
+    assert _same(second.rows(900, 910), far)
+    assert len(planned) <= 2 < len(first.counts())  # the window asked for, and the next one ahead
+
+
 @pytest.mark.parametrize("damage", ["cut", "altered", "list", "bytes"])
 def test_a_damaged_memory_is_not_used(tmp_path, monkeypatch, caplog, damage):
     monkeypatch.setattr(RowMemory, "WORTH_SAVING", 0.0)

@@ -202,6 +202,18 @@ class Plan:
             "target_padding": 1 - target / (len(rows) * self.row_lengths[1]),
         }
 
+    def counts(self) -> list[int]:
+        """Rows of each window so far: all that `recall` needs, in a checkpoint that travels without the file."""
+        with self._lock:
+            return list(self._memory.counts)
+
+    def recall(self, counts: Sequence[int]) -> None:
+        """Takes over what `counts` said, as far as it goes beyond what is known here already."""
+        with self._lock:
+            for rows in counts[len(self._ends) :]:
+                self._ends.append((self._ends[-1] if self._ends else 0) + rows)
+                self._memory.add(rows, 0.0)
+
     @property
     def rows_per_epoch(self) -> int:
         """Rows of the first epoch, as far as its first window tells."""

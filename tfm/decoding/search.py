@@ -51,7 +51,7 @@ def greedy(
 
     def step(state: _GreedyState) -> _GreedyState:
         logits_B1V, cache = step_fn(state.last_B[:, None], state.cache)
-        token_B, log_prob_B = _best(logits_B1V[:, 0])
+        token_B, log_prob_B = _best(logits_B1V[:, 0], eos)
         token_B = jnp.where(state.finished_B, eos, token_B)
         log_probs_B = state.log_probs_B + jnp.where(state.finished_B, 0.0, log_prob_B)
         position = state.position + 1
@@ -77,7 +77,7 @@ def greedy(
     return Hypotheses(end.tokens_BT[:, None], lengths_B[:, None], end.log_probs_B[:, None])
 
 
-def _best(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _best(logits_BV: jax.Array, eos: int) -> tuple[jax.Array, jax.Array]:
     """The likeliest token of each row, the first of equals, and its log-probability.
 
     Two plain reductions: on a CPU they cost a small part of what `argmax`, which carries pairs along, does.
@@ -87,4 +87,4 @@ def _best(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     token_B = jnp.min(jnp.where(logits_BV == best_B[:, None], ids_V, logits_BV.shape[-1]), axis=-1)
     log_prob_B = -jnp.log(jnp.sum(jnp.exp(logits_BV - best_B[:, None]), axis=-1))
     # A row of NaN equals nothing: end it, rather than look up a token that isn't there.
-    return jnp.minimum(token_B, logits_BV.shape[-1] - 1), log_prob_B
+    return jnp.where(token_B < logits_BV.shape[-1], token_B, eos), log_prob_B

@@ -157,7 +157,8 @@ class Run:
         return scores
 
     def _save(self, step: int, scores: Scores | None) -> None:
-        metadata = {"plan": self.batches.plan_identity, "scores": scores}
+        plan = self.batches.plan
+        metadata = {"plan": self.batches.plan_identity, "rows_of_windows": plan.counts(), "scores": scores}
         metric = None if scores is None else scores[self.config.training.best_metric]
         self.checkpointer.save(step, _to_dict(self.state), metadata, metric)
         self.saved_step = step
@@ -178,6 +179,7 @@ class Run:
         if restored is None:
             return None
         _refuse_other_plan(self.run, restored.metadata.get("plan"), self.batches.plan_identity)
+        self.batches.plan.recall(restored.metadata.get("rows_of_windows", []))
         _log.info("%s: resumes after step %d", self.run.path, step)
         return _from_dict(restored.state)
 

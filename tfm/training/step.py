@@ -144,7 +144,7 @@ class Trainer:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, sums = self.gradients(state.parameters, batch, state.step)
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss)
         learning_rate = self.schedule(state.step + 1)
 

@@ -1,0 +1,76 @@
+"""What reading real data costs a training step, against stepping over one batch that is there already.
+
+    python benchmarks/input_pipeline.py --config=multi30k --workdir=DIR --data.corpus='text:DIR/{split}.{lang}.gz'
+
+Both kinds of step run in turn, in blocks, in one process, so that a machine whose speed drifts is fair to both. Prints
+the median step of each, their ratio, and the CPU seconds that one batch costs to build.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from tfm import sharding
+from tfm.commands.options import parse
+from tfm.data.batches import TrainBatches
+from tfm.data.store import prepare, store_directory
+from tfm.model.transformer import Transformer, compute_dtype
+from tfm.training.step import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compare steps on real data with steps over one repeated batch."""
+
+    workdir: Path
+    """Directory for the token store."""
+    config: str = "multi30k"
+    """Name of a shipped config, or the path of a .py file with get_config()."""
+    blocks: int = 10
+    """Blocks of each kind."""
+    steps: int = 10
+    """Steps in a block."""
+
+
+def main() -> None:
+    arguments, config = parse("benchmarks/input_pipeline.py", sys.argv[1:], Arguments)
+    store = prepare(config, store_directory(config, arguments.workdir))
+    mesh = sharding.make_mesh(config.mesh)
+    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+    model = Transformer(config.model, store.tokenizer.vocab_size, dtype, unroll=config.training.unroll_layers)
+    trainer = Trainer(config, model, mesh)
+    batches = TrainBatches(store, config.data.train_split, config)
+    rows = sharding.batch_sharding(mesh)
+    seconds: dict[str, list[float]] = {"repeated": [], "real": []}
+    with jax.set_mesh(mesh):
+        state = trainer.init()
+        one = batches.global_batch(0, rows)
+        state, metrics = trainer.train_step(state, one)
+        stream = batches.read_ahead(0, arguments.blocks * arguments.steps + 1, rows)
+        next(stream)  # the first one waits for the plan, once in a run
+        for _ in range(arguments.blocks):
+            for kind, times in seconds.items():
+                for _ in range(arguments.steps):
+                    start = time.perf_counter()
+                    batch = one if kind == "repeated" else next(stream)[1]
+                    state, metrics = trainer.train_step(state, batch)
+                    jax.block_until_ready(metrics)
+                    times.append(time.perf_counter() - start)
+        stream.close()
+    start, count = time.process_time(), 50
+    for k in range(count):
+        batches.host_batch(k)
+    built = (time.process_time() - start) / count
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    print(f"median step, one repeated batch  {medians['repeated'] * 1e3:8.1f} ms")
+    print(f"median step, real data           {medians['real'] * 1e3:8.1f} ms")
+    print(f"ratio                            {medians['real'] / medians['repeated']:8.3f}")
+    print(f"CPU time to build a batch        {built * 1e3:8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Attention against NumPy in float64, and the masks it builds."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tfm.config import ModelConfig
+from tfm.model.attention import (
+    MultiHeadAttention,
+    Projection,
+    Tokens,
+    attention_mask,
+    dot_product_attention,
+    matmul_precision,
+)
+from tfm.model.dropout import dropout_key
+
+B, T, S, H, D_K, D_V = 3, 7, 9, 4, 8, 5
+
+# Two pairs and padding; one pair that fills the row; three pairs of which the second has no source token.
+TARGET_SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 3, 3, 3, 0]], np.int32)
+SOURCE_SEGMENTS = np.array([[1, 1, 2, 2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 3, 3, 3, 3, 3, 0]], np.int32)
+
+
+def tokens(segments: np.ndarray) -> Tokens:
+    """Positions restart with each segment."""
+    starts = np.maximum.accumulate(np.where(np.diff(segments, axis=1, prepend=-1) != 0, np.arange(segments.shape[1]), 0), 1)
+    return Tokens(jnp.asarray(segments), jnp.asarray(np.arange(segments.shape[1])[None] - starts, jnp.int32))
+
+
+def reference_mask(query_segments: np.ndarray, key_segments: np.ndarray, causal: bool) -> np.ndarray:
+    """Pair by pair; with `causal`, queries and keys are the same tokens, so places stand for positions."""
+    mask = np.zeros((*query_segments.shape, key_segments.shape[1]), bool)
+    for b, t, s in np.ndindex(mask.shape):
+        mask[b, t, s] = query_segments[b, t] == key_segments[b, s] and not (causal and s > t)
+    return mask
+
+
+def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Equation 1 in float64, one query at a time, over the keys that it may see."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(mask[b, t])
+        scores = k[b, seen, h] @ q[b, t, h] / math.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, seen, h]
+    return out
+
+
+def random(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_against_loops(causal):
+    queries = tokens(TARGET_SEGMENTS)
+    keys, key_segments = (queries, TARGET_SEGMENTS) if causal else (tokens(SOURCE_SEGMENTS), SOURCE_SEGMENTS)
+    mask = attention_mask(queries, keys, causal=causal)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, reference_mask(TARGET_SEGMENTS, key_segments, causal))
+
+
+def test_causality_goes_by_position_in_the_pair():
+    """Tokens of one pair that do not stand side by side still see each other in the order of their positions."""
+    where = Tokens(jnp.array([[1, 2, 1, 2]]), jnp.array([[1, 0, 0, 1]]))
+    mask = attention_mask(where, where, causal=True)[0]
+    np.testing.assert_array_equal(mask, np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1]], bool))
+
+
+@pytest.mark.parametrize("d_v", [D_K, D_V])
+@pytest.mark.parametrize("kind", ["all", "causal", "cross"])
+def test_dot_product_attention_against_numpy(kind, d_v):
+    if kind == "cross":
+        mask = reference_mask(TARGET_SEGMENTS, SOURCE_SEGMENTS, False)
+        mask[~mask.any(-1)] = True  # rows with no key at all have a test of their own
+    elif kind == "causal":
+        mask = reference_mask(TARGET_SEGMENTS, TARGET_SEGMENTS, True)
+    else:
+        mask = np.ones((B, T, S), bool)
+    keys = mask.shape[-1]
+    # Scores of several tens, so that the softmax is far from even and a missing maximum would show.
+    q, k, v = 4 * random(B, T, H, D_K), 4 * random(B, keys, H, D_K, seed=1), random(B, keys, H, d_v, seed=2)
+    out = dot_product_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
+    assert out.shape == (B, T, H, d_v) and out.dtype == jnp.float32
+    np.testing.assert_allclose(out, reference_attention(q, k, v, mask), atol=2e-5)
+
+
+def test_a_query_with_no_key_gives_a_number():
+    q, k, v = random(1, 1, H, D_K), random(1, S, H, D_K), random(1, S, H, D_V)
+
+    def total(q: jax.Array) -> jax.Array:
+        out = dot_product_attention(q, jnp.asarray(k), jnp.asarray(v), jnp.zeros((1, 1, S), bool))
+        return jnp.sum(out)
+
+    value, gradient = jax.value_and_grad(total)(jnp.asarray(q))
+    assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+
+
+def test_a_masked_key_has_no_influence_at_all():
+    q, k, v = (jnp.asarray(random(1, 4, H, D_K, seed=i)) for i in range(3))
+    mask = jnp.ones((1, 4, 4), bool).at[..., 2].set(False)
+    out = dot_product_attention(q, k, v, mask)
+    changed = dot_product_attention(q, k.at[:, 2].set(1e4), v.at[:, 2].set(-1e4), mask)
+    np.testing.assert_array_equal(out, changed)
+
+
+def test_the_softmax_is_taken_in_float32():
+    """2,000 equal keys: weights of 1/2000 summed in bfloat16 would stick at 1/4 or so of what they come to."""
+    keys = 2000
+    q, k = jnp.ones((1, 1, 1, D_K), jnp.bfloat16), jnp.ones((1, keys, 1, D_K), jnp.bfloat16)
+    out = dot_product_attention(q, k, jnp.ones((1, keys, 1, 1), jnp.bfloat16), jnp.ones((1, 1, keys), bool))
+    assert out.dtype == jnp.bfloat16
+    assert float(out[0, 0, 0, 0]) == pytest.approx(1.0, abs=0.01)
+
+
+def test_float32_is_multiplied_as_float32():
+    """An accelerator would otherwise round the operands; on a CPU only the instruction shows it."""
+    assert matmul_precision(jnp.dtype("float32")) == jax.lax.Precision.HIGHEST
+    assert matmul_precision(jnp.dtype("bfloat16")) is None
+    q, mask = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 2, 2), bool)
+    text = jax.jit(dot_product_attention).lower(q, q, q, mask).as_text()
+    products = [line for line in text.split("\n") if "dot_general" in line]
+    assert len(products) == 2 and all("HIGHEST" in line for line in products)
+
+
+def test_attention_weights_are_dropped():
+    """Values that are a unit matrix make the output the weights themselves."""
+    rate = 0.25
+    q, k = (jnp.asarray(random(2, 6, H, D_K, seed=i)) for i in range(2))
+    v = jnp.broadcast_to(jnp.eye(6)[None, :, None], (2, 6, H, 6))
+    mask, key = jnp.ones((2, 6, 6), bool), dropout_key(0, jnp.int32(0), jnp.arange(2))
+    weights = dot_product_attention(q, k, v, mask)
+    dropped = np.asarray(dot_product_attention(q, k, v, mask, dropout_rate=rate, dropout_key=key, site=4))
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped, np.where(kept, np.asarray(weights) / (1 - rate), 0), rtol=1e-5)
+    assert 0.6 < kept.mean() < 0.9
+    other = dot_product_attention(q, k, v, mask, dropout_rate=rate, dropout_key=key, site=5)
+    assert np.any((np.asarray(other) != 0) != kept)
+
+
+def test_multi_head_attention_against_numpy():
+    config = ModelConfig(d_model=12, num_heads=H, d_k=D_K, d_v=D_V)
+    module = MultiHeadAttention(config, jnp.dtype("float32"))
+    x, memory = random(B, T, 12), random(B, S, 12, seed=1)
+    mask = np.ones((B, T, S), bool)
+    mask[:, :, -3:] = False
+    parameters = module.init(jax.random.key(0), x, memory, mask, None, 4)["params"]
+    parameters = jax.tree.map(lambda box: box.value, parameters, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    out = module.apply({"params": parameters}, x, memory, mask, None, 4)
+    assert {name: sorted(part) for name, part in parameters.items()} == {
+        name: ["kernel"] for name in ("query", "key", "value", "output")
+    }
+    kernel = {name: np.asarray(part["kernel"], np.float64) for name, part in parameters.items()}
+    assert kernel["query"].shape == (12, H, D_K) and kernel["value"].shape == (12, H, D_V)
+    heads = [
+        reference_attention(
+            (x @ kernel["query"][:, h])[:, :, None],
+            (memory @ kernel["key"][:, h])[:, :, None],
+            (memory @ kernel["value"][:, h])[:, :, None],
+            mask,
+        )[:, :, 0]
+        for h in range(H)
+    ]
+    concatenated = np.concatenate(heads, axis=-1)
+    np.testing.assert_allclose(out, concatenated @ kernel["output"].reshape(H * D_V, 12), atol=1e-5)
+
+
+@pytest.mark.parametrize(("in_shape", "out_shape"), [((64,), (8, 16)), ((8, 16), (64,))])
+def test_projections_start_glorot_uniform(in_shape, out_shape):
+    module = Projection(in_shape, out_shape, ("embed", "heads", "kv"), jnp.dtype("float32"), use_bias=True)
+    parameters = module.init(jax.random.key(0), jnp.zeros((1, *in_shape)))["params"]
+    kernel, bias = np.asarray(parameters["kernel"].value), np.asarray(parameters["bias"].value)
+    limit = math.sqrt(6 / (math.prod(in_shape) + math.prod(out_shape)))
+    assert 0.98 * limit < np.abs(kernel).max() <= limit
+    assert kernel.std() == pytest.approx(limit / math.sqrt(3), rel=0.03)
+    assert bias.shape == out_shape and not bias.any()
+
+
+def test_a_projection_adds_its_bias_and_computes_in_its_type():
+    module = Projection((3,), (2, 2), ("embed", "heads", "kv"), jnp.dtype("bfloat16"), use_bias=True)
+    parameters = {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    y = module.apply({"params": parameters}, jnp.ones((1, 5, 3)))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y.astype(jnp.float32)[0, 4], [[4.0, 5.0], [6.0, 7.0]])

@@ -1,0 +1,130 @@
+"""The loss against numbers worked out by hand and in float64, and its gradient against that of a plain implementation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tfm.training.loss import LossSums, chunks_for, cross_entropy
+
+B, T, D, VOCAB, PADDED = 3, 8, 5, 11, 16
+
+
+@pytest.fixture(scope="module")
+def case():
+    """x, table with padded rows that would win every softmax, targets, and weights with padding at the rows' ends."""
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(B, T, D)).astype(np.float32)
+    table_VD = rng.normal(size=(PADDED, D)).astype(np.float32)
+    table_VD[VOCAB:] *= 100
+    targets_BT = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
+    weights_BT = np.arange(T)[None] < np.array([8, 5, 0])[:, None]
+    return x_BTD, table_VD, targets_BT, weights_BT
+
+
+def reference(x_BTD, table_VD, targets_BT, weights_BT, smoothing, vocab):
+    """The definition, in float64: (1 - ε) on the target plus ε spread over the vocabulary, against the log softmax."""
+    logits_BTV = x_BTD.astype(np.float64) @ table_VD[:vocab].astype(np.float64).T
+    log_probs_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+    wanted_BTV = (1 - smoothing) * np.eye(vocab)[targets_BT] + smoothing / vocab
+    loss_BT = -(wanted_BTV * log_probs_BTV).sum(-1)
+    nll_BT = -np.take_along_axis(log_probs_BTV, targets_BT[..., None], -1)[..., 0]
+    return (loss_BT * weights_BT).sum(), (nll_BT * weights_BT).sum(), weights_BT.sum()
+
+
+def plain(x_BTD, table_VD, targets_BT, weights_BT, smoothing, vocab):
+    """The loss as JAX's own log softmax has it, for its automatic gradient."""
+    log_probs_BTV = jax.nn.log_softmax(x_BTD @ table_VD[:vocab].T)
+    wanted_BTV = (1 - smoothing) * jax.nn.one_hot(targets_BT, vocab) + smoothing / vocab
+    return -jnp.sum(wanted_BTV * log_probs_BTV * weights_BT[..., None])
+
+
+def gradients(case, chunks, of=lambda sums: sums.loss, smoothing=0.1):
+    x_BTD, table_VD, targets_BT, weights_BT = case
+
+    def loss(x_BTD, table_VD):
+        return of(cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, smoothing, VOCAB, chunks))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x_BTD, table_VD)
+
+
+def test_a_case_worked_out_by_hand():
+    # Probabilities 1/2, 1/4, 1/4, and a padded row that is not among them. The target is the first:
+    # nll = ln 2; over the vocabulary (ln 2 + 2 ln 4) / 3 = 5/3 ln 2; with ε = 0.3: (0.7 + 0.3 * 5/3) ln 2 = 1.2 ln 2.
+    table_VD = np.array([[math.log(2)], [0], [0], [50]], np.float32)
+    sums = cross_entropy(np.ones((1, 1, 1), np.float32), table_VD, np.array([[0]]), np.array([[True]]), 0.3, 3)
+    np.testing.assert_allclose(sums, (1.2 * math.log(2), math.log(2), 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_sums_are_those_of_the_definition(case, smoothing, chunks):
+    sums = cross_entropy(*case, smoothing, VOCAB, chunks)
+    assert [part.dtype for part in sums] == [jnp.float32] * 3
+    np.testing.assert_allclose(sums, reference(*case, smoothing, VOCAB), rtol=2e-6)
+    assert (sums.loss == sums.nll) == (smoothing == 0)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 8])
+def test_gradient_is_that_of_a_plain_implementation(case, chunks):
+    expected = jax.grad(plain, argnums=(0, 1))(*case, 0.1, VOCAB)
+    for mine, theirs in zip(gradients(case, chunks), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_gradient_follows_the_loss_alone_and_its_factor(case):
+    once = gradients(case, 2)
+    for mine, expected in zip(gradients(case, 2, of=lambda s: 3 * s.loss + s.nll + s.tokens), once, strict=True):
+        np.testing.assert_allclose(mine, 3 * expected, rtol=1e-6)
+
+
+def test_padding_has_no_part(case):
+    x_BTD, table_VD, targets_BT, weights_BT = case
+    x_gradient, table_gradient = gradients(case, 4)
+    assert not np.any(np.asarray(x_gradient)[~weights_BT])
+    assert np.all(np.any(np.asarray(x_gradient)[weights_BT], axis=-1))
+    assert not np.any(np.asarray(table_gradient)[VOCAB:])
+    other = (np.where(weights_BT[..., None], x_BTD, 7), table_VD, np.where(weights_BT, targets_BT, 1), weights_BT)
+    assert np.array_equal(gradients(other, 4)[1], table_gradient)
+    empty = cross_entropy(x_BTD, table_VD, targets_BT, np.zeros_like(weights_BT), 0.1, VOCAB)
+    assert empty == LossSums(0, 0, 0)
+
+
+def test_bfloat16_keeps_float32_sums(case):
+    x_BTD, *rest = case
+    sums = cross_entropy(jnp.asarray(x_BTD, jnp.bfloat16), *rest, 0.1, VOCAB, 2)
+    assert sums.loss.dtype == jnp.float32
+    np.testing.assert_allclose(sums, reference(*case, 0.1, VOCAB), rtol=2e-2)
+    x_gradient, table_gradient = gradients((jnp.asarray(x_BTD, jnp.bfloat16), *rest), 2)
+    assert (x_gradient.dtype, table_gradient.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_the_logits_of_a_whole_batch_never_stand_in_memory(case):
+    def program(chunks):
+        x_BTD, table_VD, targets_BT, weights_BT = case
+
+        def loss(x_BTD):
+            return cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, 0.1, VOCAB, chunks).loss
+
+        return jax.jit(jax.value_and_grad(loss)).lower(x_BTD).as_text()
+
+    whole = f"tensor<{B}x{T}x{PADDED}xf32>"
+    assert whole in program(1)
+    assert whole not in program(4) and f"tensor<{B}x{T // 4}x{PADDED}xf32>" in program(4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "vocab", "limit", "chunks"),
+    [
+        (8, 64, 1024, 2**21, 1),  # all of them fit
+        (4, 6, 10, 80, 3),  # two positions at a time
+        (4, 6, 10, 79, 6),  # one
+        (4, 6, 10, 39, 6),  # not even one fits: one at a time it is
+        (1, 7, 10, 60, 7),  # a prime length has no other divisor
+        (100, 256, 37_120, 2**28, 4),
+    ],
+)
+def test_chunks_are_as_few_as_fit(rows, length, vocab, limit, chunks):
+    assert chunks_for(rows, length, vocab, limit) == chunks

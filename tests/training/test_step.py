@@ -1,0 +1,216 @@
+"""The compiled step: the same numbers however a batch is split, a non-finite batch that touches nothing, one compilation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tfm import sharding
+from tfm.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tfm.data.batches import Batch
+from tfm.data.tokenizer import BOS, EOS
+from tfm.model.transformer import Transformer
+from tfm.training.step import Trainer
+
+ROWS, LENGTH, VOCAB = 16, 16, 100
+POISONED = 90  # a source token that only some batches have
+MODEL = ModelConfig(
+    d_model=16,
+    d_ff=32,
+    num_heads=2,
+    encoder_layers=2,
+    decoder_layers=2,
+    tie_embeddings="none",
+    dropout_rate=0.2,
+    attention_dropout_rate=0.2,
+    activation_dropout_rate=0.2,
+)
+# Adam's update with a small epsilon is a sign: the rounding of a gradient that is nearly nothing would decide it.
+SMOOTH = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-3)
+
+
+def trainer_of(mesh: MeshConfig, model: ModelConfig = MODEL, optimizer: OptimizerConfig = SMOOTH, **training) -> Trainer:
+    config = Config(
+        model,
+        DataConfig(source_row_length=LENGTH, target_row_length=LENGTH),
+        optimizer,
+        TrainingConfig(target_tokens_per_batch=ROWS * LENGTH, **training),
+        mesh,
+    ).validate()
+    devices = jax.devices() if -1 in dataclasses.astuple(mesh) else jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    return Trainer(config, Transformer(model, VOCAB), sharding.make_mesh(mesh, devices))
+
+
+def packed(seed: int, highest: int = POISONED) -> Batch:
+    """Rows of two pairs each and some padding, with ids below `highest`."""
+    rng = np.random.default_rng(seed)
+
+    def side():
+        tokens, segments, positions = np.zeros((3, ROWS, LENGTH), np.int32)
+        for row in range(ROWS):
+            at = 0
+            for segment in (1, 2):
+                size = rng.integers(2, LENGTH // 2)
+                tokens[row, at : at + size] = [*rng.integers(4, highest, size - 1), EOS]
+                segments[row, at : at + size] = segment
+                positions[row, at : at + size] = np.arange(size)
+                at += size
+        return tokens, segments, positions
+
+    source, (outputs, segments, positions) = side(), side()
+    inputs = np.where(positions == 0, BOS, np.roll(outputs, 1, axis=1)) * (segments > 0)
+    return Batch(*source, inputs.astype(np.int32), outputs, segments, positions, np.arange(ROWS, dtype=np.int32))
+
+
+def steps(trainer: Trainer, batches, state=None):
+    """The state after the batches, and the metrics of each as NumPy arrays."""
+    state = trainer.init() if state is None else state
+    metrics = []
+    with jax.set_mesh(trainer.mesh):
+        for batch in batches:
+            state, numbers = trainer.train_step(state, jax.device_put(batch, sharding.batch_sharding(trainer.mesh)))
+            metrics.append(jax.device_get(numbers))
+    return state, metrics
+
+
+def copied(tree):
+    return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes(), jax.tree_util.keystr(path)
+
+
+@functools.cache
+def averaging() -> Trainer:
+    """On one device, with every part of the state there is."""
+    return trainer_of(MeshConfig(data=1), optimizer=dataclasses.replace(SMOOTH, ema_decay=0.25, clip_norm=1.0))
+
+
+@functools.cache
+def whole() -> Trainer:
+    """One device, one micro-batch: the plain case."""
+    return trainer_of(MeshConfig(data=1))
+
+
+def assert_close(trainer: Trainer, reference: Trainer):
+    batches = [packed(1), packed(2)]
+    (mine, my_metrics), (theirs, their_metrics) = steps(trainer, batches), steps(reference, batches)
+    for one, other in zip(my_metrics, their_metrics, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-5)
+    leaves = zip(jax.tree.leaves(mine.parameters), jax.tree_util.tree_leaves_with_path(theirs.parameters), strict=True)
+    for one, (path, other) in leaves:
+        scale = float(np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=2e-6 * scale, err_msg=jax.tree_util.keystr(path))
+    return my_metrics
+
+
+def test_accumulation_of_four_equals_one_batch_with_dropout_on():
+    metrics = assert_close(trainer_of(MeshConfig(data=1), gradient_accumulation=4), whole())
+    # Dropout is on: without it the loss is another.
+    trainer = whole()
+    sums = trainer.sums(trainer.init().parameters, packed(1), None, trainer.config.training.label_smoothing)
+    assert abs(float(sums.loss / sums.tokens) - metrics[0]["loss"]) > 1e-3
+
+
+def test_accumulation_over_split_devices_equals_one_device():
+    assert_close(trainer_of(MeshConfig(data=2, fsdp=2, tensor=2), gradient_accumulation=4), whole())
+
+
+def test_adafactor_over_split_devices_equals_one_device():
+    optimizer = OptimizerConfig(name="adafactor", learning_rate=1e-3, warmup_steps=2, weight_decay=0.01)
+    # Wide enough for factored statistics, whose shardings lack an axis.
+    model = dataclasses.replace(MODEL, d_model=128, d_ff=128, num_heads=2, encoder_layers=1, decoder_layers=2)
+    split, reference = (
+        trainer_of(mesh, model, optimizer) for mesh in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1))
+    )
+    (mine, _), (theirs, _) = (steps(trainer, [packed(1)]) for trainer in (split, reference))
+    for entry in ("parameters", "optimizer"):
+        leaves = jax.tree.leaves(getattr(mine, entry)), jax.tree_util.tree_leaves_with_path(getattr(theirs, entry))
+        for one, (path, other) in zip(*leaves, strict=True):
+            # Its update is a sign nearly everywhere; a gradient of about nothing has none to speak of.
+            close = np.isclose(one, other, rtol=1e-3, atol=1e-5)
+            assert np.mean(close) > 0.999, jax.tree_util.keystr(path)
+
+
+def test_a_batch_that_is_not_finite_touches_nothing_but_the_counters():
+    trainer = averaging()
+    state, _ = steps(trainer, [packed(1)])
+    table_VD = state.parameters["source_embedding"]["table"].at[POISONED].set(jnp.inf)
+    parameters = {**state.parameters, "source_embedding": {"table": table_VD}}
+    state = state._replace(parameters=parameters, ema=jax.tree.map(jnp.copy, parameters))
+    before = copied(state)
+    bad = packed(2)
+    bad.source_tokens[3, 0] = POISONED
+    state, [metrics] = steps(trainer, [bad], state)
+    assert not np.isfinite(metrics["loss"])
+    assert (metrics["skipped_steps"], metrics["skipped_in_a_row"]) == (1, 1)
+    expected = before._replace(step=np.int32(2), skipped_steps=np.int32(1), skipped_in_a_row=np.int32(1))
+    assert_same_bits(state, expected)
+    state, metrics = steps(trainer, [bad, packed(3)], state)
+    assert [m["skipped_in_a_row"] for m in metrics] == [2, 0]
+    assert [m["skipped_steps"] for m in metrics] == [2, 2]
+    assert np.isfinite(metrics[1]["loss"]) and int(state.step) == 4
+    kernels = [s.parameters["decoder"]["layers"]["self_attention"]["query"]["kernel"] for s in (state, before)]
+    assert not np.array_equal(*kernels)
+
+
+def test_moving_average():
+    trainer = averaging()
+    state = trainer.init()
+    assert_same_bits(state.ema, state.parameters)
+    for done, decay in enumerate((1 / 10, 2 / 11, 0.25, 0.25)):  # (1 + done) / (10 + done) until ema_decay is reached
+        average = copied(state.ema)
+        state, _ = steps(trainer, [packed(done)], state)
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), average, state.parameters)
+        jax.tree.map(lambda e, x: np.testing.assert_allclose(e, x, rtol=1e-6, atol=1e-7), state.ema, expected)
+    assert state.averaged() is state.ema
+    assert whole().init().averaged() is not None and whole().abstract_state.ema is None
+
+
+@pytest.mark.parametrize("trainer", [averaging, whole])
+def test_every_buffer_of_the_state_is_donated_and_the_step_compiled_once(trainer):
+    trainer = trainer()
+    state = trainer.init()
+    given = jax.tree.leaves(state)
+    state, _ = steps(trainer, [packed(1)], state)
+    assert all(leaf.is_deleted() for leaf in given)
+    steps(trainer, [packed(2), packed(3)], state)
+    assert trainer.train_step._cache_size() == 1
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), packed(1))
+    program = trainer.train_step.lower(trainer.abstract_state, batch).as_text()
+    assert program.count("tf.aliasing_output") + program.count("jax.buffer_donor") == len(given)
+
+
+def test_metrics_tell_what_the_batch_holds():
+    trainer, batch = whole(), packed(5)
+    _, [numbers, second] = steps(trainer, [batch, packed(6)])
+    assert numbers["source_tokens"] == np.sum(batch.source_segments > 0)
+    assert numbers["target_tokens"] == np.sum(batch.target_segments > 0)
+    assert numbers["source_padding"] == pytest.approx(np.mean(batch.source_segments == 0))
+    assert numbers["target_padding"] == pytest.approx(np.mean(batch.target_segments == 0))
+    assert [m["learning_rate"] for m in (numbers, second)] == pytest.approx([0.5e-2, 1e-2])
+    assert numbers["nll"] == pytest.approx(np.log(VOCAB), rel=0.2) and numbers["skipped_steps"] == 0
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program(depth):
+        model = dataclasses.replace(MODEL, encoder_layers=depth, decoder_layers=depth)
+        trainer = trainer_of(MeshConfig(data=1), model)
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), packed(1))
+        return trainer.train_step.lower(trainer.abstract_state, batch).as_text()
+
+    shallow, deep = program(2), program(12)
+    assert deep.count("\n") == shallow.count("\n")
+    assert f"tensor<12x{MODEL.d_model}x{MODEL.d_ff}xf32>" in deep
+
+
+def test_rows_that_do_not_divide_are_refused_with_numbers_that_do():
+    with pytest.raises(ConfigError, match=r"makes 16 rows .* 8 shards .* gradient_accumulation=4: use 512 or 1024"):
+        trainer_of(MeshConfig(data=-1), gradient_accumulation=4)
