@@ -24,12 +24,12 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.pop("TFDS_DATA_DIR", None)
 
-_WORDS = "red blue green gold black white".split()
+_WORDS = ("red", "blue", "green", "gold", "black", "white")
 
 
 @pytest.fixture(scope="session")
 def reversal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of {split}.{lang}: sentences of 3 to 6 of six words (en), and the same backwards (de); no repetition."""
+    """A directory of {split}.{lang}: sentences of 3 to 6 of six words (en), and the same backwards (de); none twice."""
     folder = tmp_path_factory.mktemp("reversal")
     generator = random.Random(7)
     sentences = list({tuple(generator.choices(_WORDS, k=generator.randint(3, 6))) for _ in range(4000)})
@@ -44,7 +44,7 @@ def reversal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(reversal: Path) -> Callable[..., tfm_config.Config]:
-    """`tiny_config({"training.steps": 5})`: a run of seconds on the corpus `reversal`, dropout on, with that changed."""
+    """`tiny_config({"training.steps": 5})`: a run of seconds on `reversal`, dropout on, with that changed."""
     base = tfm_config.Config(
         model=tfm_config.ModelConfig(
             d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1, norm="pre", dropout_rate=0.1

@@ -157,6 +157,9 @@ def test_every_module_has_its_tests(module):
         "__main__.py": "test_house.py",
         "commands/train.py": "test_end_to_end.py",
         "commands/demo.py": "test_end_to_end.py",
+        **dict.fromkeys(
+            ("commands/prepare.py", "commands/translate.py", "commands/evaluate.py"), "commands/test_run_commands.py"
+        ),
     }
     mirrored = ROOT / "tests" / tests.get(module.as_posix(), module.with_name(f"test_{module.name}"))
     assert mirrored.is_file(), f"tfm/{module} has no {mirrored.relative_to(ROOT)}"

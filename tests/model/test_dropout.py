@@ -131,10 +131,14 @@ def test_the_shape_behind_the_position_is_only_a_shape():
 
 
 def test_under_jit_and_scan_the_mask_is_the_same():
-    masks = jax.lax.scan(lambda _, layer: (None, keep_mask(dropout_key(0, jnp.int32(4), jnp.arange(2)).fold_in(layer), (2, 3, 8), 0.5)), None, jnp.arange(3))[1]
+    step = dropout_key(0, jnp.int32(4), jnp.arange(2))
+
+    def mask(_, layer):
+        return None, keep_mask(step.fold_in(layer), (2, 3, 8), 0.5)
+
+    _, masks = jax.lax.scan(mask, None, jnp.arange(3))
     for layer in range(3):
-        alone = keep_mask(dropout_key(0, jnp.int32(4), jnp.arange(2)).fold_in(layer), (2, 3, 8), 0.5)
-        np.testing.assert_array_equal(masks[layer], alone)
+        np.testing.assert_array_equal(masks[layer], mask(None, layer)[1])
 
 
 def test_scaling_keeps_the_mean_and_the_gradient_follows_the_mask():

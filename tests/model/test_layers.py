@@ -104,13 +104,17 @@ def test_feed_forward_against_numpy(activation, function):
     np.testing.assert_allclose(y, inner @ p["outer"]["kernel"] + p["outer"]["bias"], rtol=1e-4, atol=1e-4)
 
 
+def apply(layer: EncoderLayer | DecoderLayer, parameters, inputs, key=None) -> jax.Array:
+    return jax.jit(layer.apply)({"params": parameters}, *inputs, key)
+
+
 def layer_and_inputs(kind: type, **fields):
     layer = kind(config(**fields), FLOAT32)
     if kind is EncoderLayer:
         inputs = (random(B, S, D), jnp.ones((B, S, S), bool))
     else:
         inputs = (random(B, T, D), random(B, S, D, seed=1), jnp.ones((B, T, T), bool), jnp.ones((B, T, S), bool))
-    parameters = unboxed(layer.init(jax.random.key(0), *inputs, None)["params"])
+    parameters = unboxed(jax.jit(layer.init)(jax.random.key(0), *inputs, None)["params"])
     return layer, parameters, inputs
 
 
@@ -129,7 +133,7 @@ def test_a_residual_surrounds_each_block(kind, blocks, norm):
     if norm == "post":
         for _ in range(blocks):
             expected = normed(expected)
-    np.testing.assert_allclose(layer.apply({"params": parameters}, *inputs, None), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(layer, parameters, inputs), expected, atol=1e-5)
 
 
 def test_the_norm_stands_before_or_after_the_sum():
@@ -146,7 +150,7 @@ def test_the_norm_stands_before_or_after_the_sum():
             return inner @ p["outer"]["kernel"] + p["outer"]["bias"]
 
         expected = x + block(normed(x)) if norm == "pre" else normed(normed(x) + block(normed(x)))
-        np.testing.assert_allclose(layer.apply({"params": parameters}, *inputs, None), expected, atol=1e-4)
+        np.testing.assert_allclose(apply(layer, parameters, inputs), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [EncoderLayer, DecoderLayer])
@@ -154,11 +158,11 @@ def test_the_norm_stands_before_or_after_the_sum():
 def test_each_rate_has_its_own_effect(kind, rate):
     layer, parameters, inputs = layer_and_inputs(kind, **{rate: 0.3})
     key = dropout_key(0, jnp.int32(0), jnp.arange(B))
-    with_key = layer.apply({"params": parameters}, *inputs, key)
-    assert np.any(with_key != layer.apply({"params": parameters}, *inputs, None))
+    with_key = apply(layer, parameters, inputs, key)
+    assert np.any(with_key != apply(layer, parameters, inputs))
     plain, _, _ = layer_and_inputs(kind)
     np.testing.assert_array_equal(
-        plain.apply({"params": parameters}, *inputs, key), plain.apply({"params": parameters}, *inputs, None)
+        apply(plain, parameters, inputs, key), apply(plain, parameters, inputs)
     )
 
 
@@ -174,5 +178,5 @@ def test_every_site_of_a_layer_draws_its_own_bits(monkeypatch):
     monkeypatch.setattr("tfm.model.attention.dropout", record)
     layer, parameters, inputs = layer_and_inputs(DecoderLayer)
     drawn.clear()
-    layer.apply({"params": parameters}, *inputs, dropout_key(0, jnp.int32(0), jnp.arange(B)))
+    jax.eval_shape(layer.apply, {"params": parameters}, *inputs, dropout_key(0, jnp.int32(0), jnp.arange(B)))
     assert len(drawn) == len(set(drawn)) == 6  # three sums, two sets of attention weights, the inner features

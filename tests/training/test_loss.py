@@ -1,4 +1,4 @@
-"""The loss against numbers worked out by hand and in float64, and its gradient against that of a plain implementation."""
+"""The loss against numbers worked out by hand and in float64, its gradient against a plain implementation's."""
 
 import math
 

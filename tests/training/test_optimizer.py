@@ -46,7 +46,12 @@ def test_warmup_stable_decay(decay_steps, begins):
     assert rates == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-AXES = {"stack": ("layers", "embed", "mlp"), "bias": ("layers", "mlp"), "table": ("vocab", "embed"), "scale": ("embed",)}
+AXES = {
+    "stack": ("layers", "embed", "mlp"),
+    "bias": ("layers", "mlp"),
+    "table": ("vocab", "embed"),
+    "scale": ("embed",),
+}
 SHAPES = {"stack": (3, 128, 160), "bias": (3, 160), "table": (256, 128), "scale": (128,)}
 
 

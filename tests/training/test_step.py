@@ -1,4 +1,4 @@
-"""The compiled step: the same numbers however a batch is split, a non-finite batch that touches nothing, one compilation."""
+"""The compiled step: the same numbers however a batch is split, a non-finite batch, one compilation."""
 
 import dataclasses
 import functools
@@ -32,7 +32,9 @@ MODEL = ModelConfig(
 SMOOTH = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-3)
 
 
-def trainer_of(mesh: MeshConfig, model: ModelConfig = MODEL, optimizer: OptimizerConfig = SMOOTH, **training) -> Trainer:
+def trainer_of(
+    mesh: MeshConfig, model: ModelConfig = MODEL, optimizer: OptimizerConfig = SMOOTH, **training
+) -> Trainer:
     config = Config(
         model,
         DataConfig(source_row_length=LENGTH, target_row_length=LENGTH),

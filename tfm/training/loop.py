@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax
 from tfm import sharding
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncate_metrics
 from tfm.config import Config, ConfigError, InputError
-from tfm.data.batches import TrainBatches, validation_batches
+from tfm.data.batches import Batch, TrainBatches, validation_batches
 from tfm.data.store import TokenStore, prepare, store_directory
 from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
@@ -83,6 +83,7 @@ class Run:
                 best="lower" if config.training.best_metric == "loss" else "higher",
             )
         )
+        self.evaluation_is_due = False
         self.state = self._resumed() or self._started(initial)
         self.first_step = self.saved_step = int(self.state.step)
         self.writer = stack.enter_context(
@@ -105,13 +106,18 @@ class Run:
         if self.first_step >= steps:
             _log.info("%s: the run has all its %d steps; raise training.steps to go on", self.run.path, steps)
             return 0
-        with _stop_signals() as stop, jax.set_mesh(self.mesh):
-            return self._steps(steps, stop)
+        batches = self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
+        with _stop_signals() as stop, jax.set_mesh(self.mesh), closing(batches):
+            if self.evaluation_is_due:
+                self._evaluate(self.first_step)
+            if self._should_stop_early():
+                return 0
+            return self._steps(batches, stop)
 
-    def _steps(self, steps: int, stop: StopRequest) -> int:
+    def _steps(self, batches: Iterator[tuple[int, Batch]], stop: StopRequest) -> int:
+        steps = self.config.training.steps
         progress = Progress(self.writer, self.config, self._checkpoint_to_name)
         pending = None
-        batches = self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
         for k, batch in batches:
             self.state, metrics = self.trainer.train_step(self.state, batch)
             # The order is important: step k is on its way before the numbers of step k - 1 are waited for.
@@ -123,15 +129,14 @@ class Run:
                 progress.record(*pending)
                 pending = None
                 with progress.paused():
-                    scores = self._evaluate(step) if evaluate and not stop.requested else None
+                    # Who asks to stop waits for no evaluation but the last, which no later start would make up for.
+                    scores = self._evaluate(step) if evaluate and (not stop.requested or step == steps) else None
                     self._save(step, scores)
                 if stop.requested and step < steps:
-                    batches.close()
                     self.checkpointer.wait()
                     _log.warning("%s: saved step %d; the same command goes on from there", stop.name, step)
                     return stop.status
                 if scores is not None and self._should_stop_early():
-                    batches.close()
                     break
             self.checkpointer.poll()
         self.checkpointer.wait()
@@ -180,6 +185,11 @@ class Run:
             return None
         _refuse_other_plan(self.run, restored.metadata.get("plan"), self.batches.plan_identity)
         self.batches.plan.recall(restored.metadata.get("rows_of_windows", []))
+        # A run that was told to end at a step to be evaluated had no time for it. The log remembers, and not the
+        # checkpoint: that is never written again, and a run that is killed once more would log the step twice.
+        self.evaluation_is_due = step % self.config.training.evaluate_every == 0 and not any(
+            event["kind"] == "validation" and event["step"] == step for event in read_events(self.run.metrics_path)
+        )
         _log.info("%s: resumes after step %d", self.run.path, step)
         return _from_dict(restored.state)
 

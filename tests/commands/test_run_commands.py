@@ -1,0 +1,147 @@
+"""`prepare`, `translate` and `evaluate` as a user types them, on a run of a few steps."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+from tfm.__main__ import main
+from tfm.training.loop import train
+
+ODD_LINES = [
+    b"red blue green",
+    b"",
+    b"   ",
+    b"gold \xff\xfe black",  # no UTF-8
+    b"red\x00blue",
+    b"red\rblue",
+    "red\u2028blue\u0085green".encode(),
+    b"white " * 400,  # longer than any bucket
+    b"black white",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_config):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert train(tiny_config({"training.steps": 4}), workdir) == 0
+    return workdir
+
+
+def translate(monkeypatch, capsysbinary, source: bytes, *argv: str) -> tuple[int, bytes, str]:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source)))
+    status = main(["translate", *argv])
+    out, err = capsysbinary.readouterr()
+    return status, out, err.decode()
+
+
+def test_one_line_out_for_each_line_in(trained, monkeypatch, capsysbinary, caplog):
+    source = b"\n".join(ODD_LINES)  # the last line has no end
+    status, out, _ = translate(monkeypatch, capsysbinary, source, f"--workdir={trained}")
+    assert status == 0
+    lines = out.split(b"\n")
+    assert lines.pop() == b""
+    assert len(lines) == len(ODD_LINES)
+    assert lines[1] == lines[2] == b""
+    assert not any(b"\r" in line or b"\0" in line for line in lines)
+    assert not set(out.decode()) & {"\u2028", "\u0085"}
+    assert any("line 8 has" in record.getMessage() for record in caplog.records)
+
+
+def test_no_line_in_is_no_line_out(trained, monkeypatch, capsysbinary):
+    assert translate(monkeypatch, capsysbinary, b"", f"--workdir={trained}")[:2] == (0, b"")
+
+
+def test_files_give_what_the_pipe_gives(trained, monkeypatch, capsysbinary, tmp_path):
+    source = b"red blue\ngreen gold black\n"
+    _, piped, _ = translate(monkeypatch, capsysbinary, source, f"--workdir={trained}")
+    (tmp_path / "source").write_bytes(source)
+    files = (f"--input={tmp_path / 'source'}", f"--output={tmp_path / 'target'}")
+    assert main(["translate", f"--workdir={trained}", *files]) == 0
+    assert (tmp_path / "target").read_bytes() == piped
+    capsysbinary.readouterr()
+    assert main(["translate", f"--workdir={trained}", *files]) == 2
+    assert b"exists already" in capsysbinary.readouterr().err
+    assert (tmp_path / "target").read_bytes() == piped
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--workdir=nowhere"], ["nowhere", "config.json"]),
+        (["--workdir={trained}", "--input=nowhere/source"], ["nowhere/source", "cannot be opened"]),
+        (["--workdir={trained}", "--output=nowhere/target"], ["nowhere/target", "cannot be opened"]),
+        (["--workdir={trained}", "--checkpoint=3"], ["step 3", "there are: 4"]),
+        (["--workdir={trained}", "--checkpoint=newest"], ["newest", "last:N or best:N"]),
+        (["--workdir={trained}", "--decoding.beam_size=0"], ["decoding.beam_size=0"]),
+        (["--workdir={trained}", "--decoding.max_source_length=999999"], ["decoding.tokens_per_batch"]),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(trained, monkeypatch, capsysbinary, argv, words):
+    argv = [word.format(trained=trained) for word in argv]
+    status, out, err = translate(monkeypatch, capsysbinary, b"red\n", *argv)
+    assert (status, out) == (2, b"")
+    lines = [line for line in err.split("\n") if "error:" in line]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_run_without_a_checkpoint_is_named(trained, monkeypatch, capsysbinary, tmp_path):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    status, _, err = translate(monkeypatch, capsysbinary, b"red\n", f"--workdir={tmp_path / 'run'}")
+    assert status == 2
+    assert "no finished checkpoint" in err
+
+
+def test_evaluate_scores_files_and_the_test_split_alike(trained, reversal, capsys, tmp_path):
+    files = (f"--source={reversal / 'test.en'}", f"--reference={reversal / 'test.de'}")
+    assert main(["evaluate", f"--workdir={trained}", *files, f"--output={tmp_path / 'out'}"]) == 0
+    table = capsys.readouterr().out
+    assert main(["evaluate", f"--workdir={trained}", "--json=-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sentences"] == 100
+    assert report["steps"] == [4]
+    for name in ("bleu", "chrf"):
+        assert f"{name:<26} {report['scores'][name]['value']:6.2f}" in table
+        assert "version:" in report["scores"][name]["signature"]
+    assert len((tmp_path / "out").read_text().split("\n")) == 101
+
+
+def test_evaluate_refuses_half_a_test_set(trained, reversal, capsys):
+    assert main(["evaluate", f"--workdir={trained}", f"--source={reversal / 'test.en'}"]) == 2
+    assert "--reference is missing" in capsys.readouterr().err
+    files = (f"--source={reversal / 'test.en'}", f"--reference={reversal / 'train.de'}")
+    assert main(["evaluate", f"--workdir={trained}", *files]) == 2
+    assert "100 lines" in capsys.readouterr().err
+
+
+def test_prepare_says_what_it_found(reversal, tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(reversal, corpus)
+    with (corpus / "train.en").open("ab") as source, (corpus / "train.de").open("ab") as target:
+        source.write(b"\nred\xff\n")
+        target.write(b"rot\nred\n")
+    pattern = f"text:{corpus}/{{split}}.{{lang}}"
+    argv = ["prepare", "--config=demo", f"--workdir={tmp_path / 'run'}", f"--data.corpus={pattern}"]
+    assert main([*argv, "--data.vocab_size=300"]) == 0
+    out = capsys.readouterr().out
+    pairs = len((corpus / "train.en").read_bytes().split(b"\n")) - 1
+    assert f"{pairs - 1}" in out  # the empty line
+    assert f"{pairs}" in out  # bytes that are not UTF-8
+    assert (tmp_path / "run" / "store" / "manifest.json").is_file()
+    assert main([*argv, "--data.vocab_size=290"]) == 2
+    assert "vocab_size" in capsys.readouterr().err
+
+
+def test_prepare_leaves_nothing_of_a_corpus_it_refuses(reversal, tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(reversal, corpus)
+    (corpus / "train.de").write_text("rot\n")
+    pattern = f"text:{corpus}/{{split}}.{{lang}}"
+    argv = ["prepare", "--config=demo", f"--workdir={tmp_path / 'run'}", f"--data.corpus={pattern}"]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "train.en" in err and "has 1 lines" in err
+    assert not (tmp_path / "run" / "store").exists()

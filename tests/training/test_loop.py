@@ -1,0 +1,224 @@
+"""The loop: when numbers are read, when it ends, what it starts from, and what it refuses."""
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tfm.checkpoint import CheckpointReader, RunDirectory
+from tfm.commands import train as train_command
+from tfm.config import ConfigError, InputError
+from tfm.training import loop
+from tfm.training.loop import Run, train
+from tfm.training.metrics import read_events
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def started(config, workdir, stack):
+    return Run(config, RunDirectory.create(workdir, config.validate()), stack)
+
+
+def logged(workdir, kind="train"):
+    return [event for event in read_events(Path(workdir) / "metrics.jsonl") if event["kind"] == kind]
+
+
+class Read(Mapping):
+    """Metrics of a step that tell when one of them is looked at."""
+
+    def __init__(self, metrics, tell):
+        self.metrics, self.tell = metrics, tell
+
+    def __getitem__(self, name):
+        self.tell()
+        return self.metrics[name]
+
+    def __iter__(self):
+        return iter(self.metrics)
+
+    def __len__(self):
+        return len(self.metrics)
+
+
+def watch(run, order, before=lambda step: None):
+    """Notes in `order` when each step is sent to the device, and when its numbers are first read."""
+    train_step = run.trainer.train_step
+
+    def send(state, batch):
+        step = run.first_step + sum(what == "sent" for what, _ in order) + 1
+        before(step)
+        order.append(("sent", step))
+        state, metrics = train_step(state, batch)
+        return state, Read(metrics, lambda: ("read", step) in order or order.append(("read", step)))
+
+    run.trainer.train_step = send
+
+
+@pytest.fixture
+def quiet_evaluation(monkeypatch):
+    """Evaluation without its compilations: `scores` of each, in order; the last stays."""
+    scores = []
+
+    def evaluate(run, step):
+        found = {"loss": 1.0, "bleu": scores.pop(0) if len(scores) > 1 else scores[0]}
+        run.writer.write({"step": step, "kind": "validation", **found})
+        return found
+
+    monkeypatch.setattr(Run, "_evaluate", evaluate)
+    return scores
+
+
+def test_numbers_of_a_step_are_read_after_the_next_one_is_sent(tiny_config, tmp_path, quiet_evaluation):
+    quiet_evaluation.append(1.0)
+    order = []
+    with ExitStack() as stack:
+        run = started(tiny_config({"training.steps": 7, "training.checkpoint_every": 4}), tmp_path / "run", stack)
+        watch(run, order)
+        assert run.go() == 0
+        assert run.trainer.train_step.__closure__ is not None
+    sent, read = "sent", "read"
+    assert order == [
+        *[(sent, 1), (sent, 2), (read, 1), (sent, 3), (read, 2), (sent, 4), (read, 3), (read, 4)],  # a checkpoint
+        *[(sent, 5), (sent, 6), (read, 5), (sent, 7), (read, 6), (read, 7)],
+    ]
+    assert [event["step"] for event in logged(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_early_stopping_and_the_same_command_again(tiny_config, tmp_path, quiet_evaluation, caplog):
+    quiet_evaluation += [3.0, 5.0, 4.0, 5.0, 9.0]
+    config = tiny_config({"training.steps": 50, "training.evaluate_every": 2, "training.early_stopping": 2})
+    caplog.set_level(logging.INFO, "tfm")
+    assert train(config, tmp_path / "run") == 0
+    assert "2 evaluations without a better bleu: the run ends early" in caplog.text
+    assert [event["bleu"] for event in logged(tmp_path / "run", "validation")] == [3, 5, 4, 5]
+    caplog.clear()
+    assert train(config, tmp_path / "run") == 0  # it has ended, and does not go on
+    assert "the run ends early" in caplog.text and logged(tmp_path / "run")[-1]["step"] == 8
+
+
+def test_too_many_skipped_steps_end_the_run(tiny_config, tmp_path, caplog):
+    config = tiny_config(
+        {
+            **{"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 1, "training.max_skipped_steps": 3},
+            **{"training.checkpoint_every": 2, "model.norm": "post"},
+        }
+    )
+    path = tmp_path / "bad.py"
+    path.write_text(
+        f"from pathlib import Path\nfrom tfm.config import from_json\n"
+        f"def get_config():\n    return from_json(Path({str(tmp_path / 'bad.json')!r}))\n"
+    )
+    (tmp_path / "bad.json").write_text(config.to_json())
+    assert train_command.main([f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 1
+    assert "step 2: the loss or its gradient is not finite; the update was skipped" in caplog.text
+    [message] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert message.startswith("step 4: 3 updates in a row were not finite")
+    assert "the last good checkpoint is step 2" in message
+    events = logged(tmp_path / "run")
+    assert [event["skipped_steps"] for event in events] == [0, 1, 2, 3]
+    assert events[0]["loss"] is not None and events[1]["gradient_norm"] is None
+    restored = CheckpointReader(RunDirectory.open(tmp_path / "run")).steps()
+    assert restored == [2]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step(tiny_config, tmp_path, quiet_evaluation, number, status):
+    quiet_evaluation.append(1.0)
+    before = signal.getsignal(number)
+    with ExitStack() as stack:
+        run = started(tiny_config(), tmp_path / "run", stack)
+        watch(run, [], before=lambda step: os.kill(os.getpid(), number) if step == 3 else None)
+        assert run.go() == status
+    assert signal.getsignal(number) is before
+    assert [event["step"] for event in logged(tmp_path / "run")] == [1, 2, 3]
+    assert CheckpointReader(RunDirectory.open(tmp_path / "run")).steps() == [3]
+
+
+def test_a_signal_at_the_last_step_does_not_cost_its_evaluation(tiny_config, tmp_path, quiet_evaluation):
+    quiet_evaluation.append(7.0)
+    with ExitStack() as stack:
+        run = started(tiny_config({"training.steps": 2}), tmp_path / "run", stack)
+        watch(run, [], before=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
+        assert run.go() == 0
+    assert [event["bleu"] for event in logged(tmp_path / "run", "validation")] == [7]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_config):
+    """A whole run with everything real, on fewer pairs than a batch has rows; what it warned of stands beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    for split, sentences in {"train": ["one two", "three four", "five"], "validation": ["two one"]}.items():
+        for language in ("en", "de"):
+            (folder / f"{split}.{language}").write_text("".join(f"{sentence}\n" for sentence in sentences))
+    config = tiny_config(
+        {
+            **{"data.corpus": (f"text:{folder}/{{split}}.{{lang}}",), "optimizer.ema_decay": 0.5},
+            **{"training.steps": 3, "training.evaluate_every": 3},
+        }
+    )
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("tfm").addHandler(handler)
+    make_mesh = loop.sharding.make_mesh
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+            assert train(config, folder / "run") == 0
+    finally:
+        logging.getLogger("tfm").removeHandler(handler)
+    (folder / "warnings").write_text("\n".join(messages))
+    return folder / "run"
+
+
+def test_a_corpus_smaller_than_a_batch_trains_with_a_warning(finished):
+    warnings = (finished.parent / "warnings").read_text()
+    assert "split train fills 1 rows, and a batch has 8" in warnings
+    assert [event["step"] for event in logged(finished)] == [1, 2, 3]
+    assert all(np.isfinite(event["loss"]) for event in logged(finished))
+    [validation] = logged(finished, "validation")
+    assert {"step", "loss", "nll", "perplexity", "bleu", "chrf"} <= validation.keys()
+    assert validation["perplexity"] == pytest.approx(np.exp(validation["nll"]))
+
+
+def test_a_directory_with_a_run_of_another_config_is_refused(finished, tmp_path):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    config = RunDirectory.open(workdir).config
+    model = config.__class__(**{**vars(config), "model": type(config.model)(**{**vars(config.model), "d_ff": 64})})
+    with pytest.raises(InputError, match=r"run: holds a run of another config: model.d_ff is 32 there and 64 now"):
+        train(model, workdir)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == files
+
+
+def test_starting_from_another_run_takes_its_averaged_parameters_and_its_tokenizer(finished, tiny_config, tmp_path):
+    config = tiny_config({"training.initialize_from": str(finished), "optimizer.ema_decay": 0.9})
+    other = RunDirectory.open(finished)
+    with ExitStack() as stack:
+        run = started(config, tmp_path / "run", stack)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state.parameters)
+        averaged = CheckpointReader(other).restore_parameters(like).state
+        for mine in (run.state.parameters, run.state.ema):
+            for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(averaged), strict=True):
+                assert np.array_equal(a, b)
+        assert int(run.state.step) == 0
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(run.state.optimizer))
+        assert run.run.tokenizer_path.read_bytes() == other.tokenizer_path.read_bytes()
+
+
+def test_another_tokenizer_than_that_of_the_run_started_from_is_refused(finished, tiny_config, tmp_path):
+    tokenizer = str(finished / "tokenizer.model")
+    both = tiny_config({"training.initialize_from": str(finished), "data.tokenizer": tokenizer})
+    with pytest.raises(ConfigError, match=r"initialize_from=.* brings its own tokenizer, and data.tokenizer="):
+        train(both, tmp_path / "run")
+    config = tiny_config({"training.initialize_from": str(finished), "data.store": str(tmp_path / "store")})
+    loop.prepare(tiny_config(), tmp_path / "store")  # with a tokenizer of its own
+    with pytest.raises(InputError, match=r"store: holds a token store prepared otherwise \(data.tokenizer="):
+        train(config, tmp_path / "run")
