@@ -43,7 +43,7 @@ class Arguments:
     pairs: int = 4_500_000
     """Sentence pairs."""
     step: int = 20_000
-    """Step to resume at; batches have 25,600 target tokens."""
+    """Step to resume at; batches have 24,576 target tokens."""
     counts: Path | None = None
     """Used within: the counts of windows, as a checkpoint carries them."""
 
@@ -92,7 +92,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     store = SimulatedStore(arguments)
     data = DataConfig(source_row_length=ROW_LENGTH, target_row_length=ROW_LENGTH)
-    config = Config(data=data, training=TrainingConfig(target_tokens_per_batch=25_600))
+    config = Config(data=data, training=TrainingConfig(target_tokens_per_batch=24_576))
     start = time.perf_counter()
     batches = TrainBatches(store, "train", config, remember=False)
     if arguments.counts is not None:

@@ -35,7 +35,7 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(name="adam", schedule="inverse_sqrt", warmup_steps=4000),
         training=TrainingConfig(
             steps=100_000,
-            target_tokens_per_batch=25_600,
+            target_tokens_per_batch=24_576,
             checkpoint_every=1500,  # the paper's ten minutes, of which the last five checkpoints are averaged
             evaluate_every=3000,
             keep_last=5,

@@ -47,12 +47,8 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
 
 def assert_compiles(config: Config) -> None:
     before = sum(array.nbytes for array in jax.live_arrays())
-    programs = compiled(config.validate())
+    assert compiled(config.validate()).keys() == {"train", "evaluation", "decode"}
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 2**20
-    shards = 8 // config.mesh.tensor
-    for field in programs["train"].input_shardings[0][1]:
-        assert field.num_devices == 8
-    assert config.rows_per_batch % shards == 0
 
 
 @pytest.mark.parametrize("name", [n for n in shipped_configs() if n != "big"])

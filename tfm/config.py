@@ -152,7 +152,7 @@ class TrainingConfig:
 
     steps: int = _at_least(1, 100_000)
     """Updates in the run."""
-    target_tokens_per_batch: int = _at_least(1, 25_600)
+    target_tokens_per_batch: int = _at_least(1, 24_576)
     """Room for target tokens in one update's global batch, padding included."""
     gradient_accumulation: int = _at_least(1, 1)
     """Micro-batches that one update's batch is computed in."""

@@ -17,9 +17,9 @@ from tfm.sharding import make_mesh, unboxed
 VOCAB = 100
 EXTRA = 6
 MODEL = Transformer(
-    ModelConfig(d_model=16, d_ff=32, num_heads=4, d_v=2, encoder_layers=1, decoder_layers=2, norm="pre"), VOCAB
+    ModelConfig(d_model=16, d_ff=32, num_heads=4, d_v=2, encoder_layers=1, decoder_layers=1, norm="pre"), VOCAB
 )
-CONFIG = DecodingConfig(max_source_length=24, tokens_per_batch=96, max_extra_tokens=EXTRA)
+CONFIG = DecodingConfig(max_source_length=24, tokens_per_batch=128, max_extra_tokens=EXTRA)
 BANNED = (PAD, BOS, UNK)
 
 
@@ -68,9 +68,7 @@ def test_decoding_is_the_model_s_own_greedy_path(parameters, sentences, decoded)
         def place(segments):
             return Tokens(segments, jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape))
 
-        x = MODEL.apply(
-            {"params": parameters}, source, place(source_segments), target, place(jnp.ones_like(target))
-        )
+        x = MODEL.apply({"params": parameters}, source, place(source_segments), target, place(jnp.ones_like(target)))
         return MODEL.apply({"params": parameters}, x, method="logits")
 
     source = np.zeros((len(sentences), 16), np.int32)
@@ -137,6 +135,11 @@ def test_what_is_banned_is_never_generated(parameters, sentences, decoded):
 def test_rows_that_only_fill_the_batch_say_nothing(decoder, sentences):
     _, lengths, log_probs = decoder.decode(decoder.buckets[0], sentences[:1])
     assert not np.asarray(lengths)[1:].any() and not np.asarray(log_probs)[1:].any()
+
+
+def test_more_sentences_than_rows_are_an_error(decoder, sentences):
+    with pytest.raises(IndexError):
+        decoder.decode(decoder.buckets[0], [sentences[0]] * (decoder.buckets[0].rows + 1))
 
 
 def test_each_shape_is_compiled_once(parameters, sentences):

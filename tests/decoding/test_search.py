@@ -42,9 +42,7 @@ def test_a_path_that_can_be_followed_by_hand():
         [0.5, 2.5, 0.0, 0.0, 2.0],  # 4 -> end
     ]
     found = greedy(by_last_token(table), (), jnp.array([2, 4, 3]), jnp.array([6, 6, 6]), length=6, eos=EOS)
-    np.testing.assert_array_equal(
-        found.tokens_BWT[:, 0], [[3, 4, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [4, 1, 1, 1, 1, 1]]
-    )
+    np.testing.assert_array_equal(found.tokens_BWT[:, 0], [[3, 4, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [4, 1, 1, 1, 1, 1]])
     np.testing.assert_array_equal(found.lengths_BW, [[2], [0], [1]])
     end = log_softmax(table[4])[1]
     expected = [log_softmax(table[2])[3] + log_softmax(table[3])[4] + end, end, log_softmax(table[3])[4] + end]

@@ -22,12 +22,16 @@ B, T, S, H, D_K, D_V = 3, 7, 9, 4, 8, 5
 
 # Two pairs and padding; one pair that fills the row; three pairs of which the second has no source token.
 TARGET_SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 3, 3, 3, 0]], np.int32)
-SOURCE_SEGMENTS = np.array([[1, 1, 2, 2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 3, 3, 3, 3, 3, 0]], np.int32)
+SOURCE_SEGMENTS = np.array(
+    [[1, 1, 2, 2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 3, 3, 3, 3, 3, 0]], np.int32
+)
 
 
 def tokens(segments: np.ndarray) -> Tokens:
     """Positions restart with each segment."""
-    starts = np.maximum.accumulate(np.where(np.diff(segments, axis=1, prepend=-1) != 0, np.arange(segments.shape[1]), 0), 1)
+    starts = np.maximum.accumulate(
+        np.where(np.diff(segments, axis=1, prepend=-1) != 0, np.arange(segments.shape[1]), 0), 1
+    )
     return Tokens(jnp.asarray(segments), jnp.asarray(np.arange(segments.shape[1])[None] - starts, jnp.int32))
 
 

@@ -161,9 +161,7 @@ def test_each_rate_has_its_own_effect(kind, rate):
     with_key = apply(layer, parameters, inputs, key)
     assert np.any(with_key != apply(layer, parameters, inputs))
     plain, _, _ = layer_and_inputs(kind)
-    np.testing.assert_array_equal(
-        apply(plain, parameters, inputs, key), apply(plain, parameters, inputs)
-    )
+    np.testing.assert_array_equal(apply(plain, parameters, inputs, key), apply(plain, parameters, inputs))
 
 
 def test_every_site_of_a_layer_draws_its_own_bits(monkeypatch):

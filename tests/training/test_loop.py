@@ -1,7 +1,9 @@
 """The loop: when numbers are read, when it ends, what it starts from, and what it refuses."""
 
+import dataclasses
 import logging
 import os
+import re
 import shutil
 import signal
 from collections.abc import Mapping
@@ -80,9 +82,10 @@ def test_numbers_of_a_step_are_read_after_the_next_one_is_sent(tiny_config, tmp_
     order = []
     with ExitStack() as stack:
         run = started(tiny_config({"training.steps": 7, "training.checkpoint_every": 4}), tmp_path / "run", stack)
+        train_step = run.trainer.train_step
         watch(run, order)
         assert run.go() == 0
-        assert run.trainer.train_step.__closure__ is not None
+    assert train_step._cache_size() == 1  # compiled once, whatever came between
     sent, read = "sent", "read"
     assert order == [
         *[(sent, 1), (sent, 2), (read, 1), (sent, 3), (read, 2), (sent, 4), (read, 3), (read, 4)],  # a checkpoint
@@ -180,7 +183,7 @@ def finished(tmp_path_factory, tiny_config):
 
 def test_a_corpus_smaller_than_a_batch_trains_with_a_warning(finished):
     warnings = (finished.parent / "warnings").read_text()
-    assert "split train fills 1 rows, and a batch has 8" in warnings
+    assert re.search("split train fills [12] rows, and a batch has 8", warnings)
     assert [event["step"] for event in logged(finished)] == [1, 2, 3]
     assert all(np.isfinite(event["loss"]) for event in logged(finished))
     [validation] = logged(finished, "validation")
@@ -192,9 +195,9 @@ def test_a_directory_with_a_run_of_another_config_is_refused(finished, tmp_path)
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))
     files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     config = RunDirectory.open(workdir).config
-    model = config.__class__(**{**vars(config), "model": type(config.model)(**{**vars(config.model), "d_ff": 64})})
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=64))
     with pytest.raises(InputError, match=r"run: holds a run of another config: model.d_ff is 32 there and 64 now"):
-        train(model, workdir)
+        train(other, workdir)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == files
 
 

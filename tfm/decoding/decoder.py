@@ -84,8 +84,8 @@ class Decoder:
     def decode(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> search.Hypotheses:
         """Starts to translate up to `bucket.rows` sentences, each ending in EOS; the result is still on the device."""
         tokens_BS = np.full(bucket, PAD, np.int32)
-        for row, sentence in zip(tokens_BS, sentences, strict=False):
-            row[: len(sentence)] = sentence
+        for row, sentence in enumerate(sentences):
+            tokens_BS[row, : len(sentence)] = sentence
         compiled = self._compiled.get(bucket) or self._compile(bucket)
         return compiled(self._parameters, jax.device_put(tokens_BS, sharding.batch_sharding(self.mesh)))
 

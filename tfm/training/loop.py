@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -28,6 +26,7 @@ from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import Transformer, compute_dtype, count_parameters
 from tfm.training.metrics import MetricsWriter, read_events
+from tfm.training.signals import StopRequest, stop_signals
 from tfm.training.step import Trainer, TrainState
 
 _log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class Run:
             _log.info("%s: the run has all its %d steps; raise training.steps to go on", self.run.path, steps)
             return 0
         batches = self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
-        with _stop_signals() as stop, jax.set_mesh(self.mesh), closing(batches):
+        with stop_signals() as stop, jax.set_mesh(self.mesh), closing(batches):
             if self.evaluation_is_due:
                 self._evaluate(self.first_step)
             if self._should_stop_early():
@@ -274,46 +273,6 @@ class Progress:
     def _start_interval(self) -> None:
         self._started = time.perf_counter()
         self._steps, self._source_tokens, self._target_tokens = 0, 0.0, 0.0
-
-
-class StopRequest:
-    """A signal that asked the run to save and end."""
-
-    def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C is not to be waited out
-        self._signal = signal.Signals(number)
-        _log.warning("%s: the run ends after this step and its checkpoint", self._signal.name)
-
-    @property
-    def requested(self) -> bool:
-        return self._signal is not None
-
-    @property
-    def name(self) -> str:
-        return self._signal.name if self._signal is not None else ""
-
-    @property
-    def status(self) -> int:
-        return 143 if self._signal == signal.SIGTERM else 130
-
-
-@contextmanager
-def _stop_signals() -> Iterator[StopRequest]:
-    """While it lasts, SIGTERM and Ctrl-C only ask."""
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
-        yield stop
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run_to_start_from(config: Config) -> RunDirectory | None:

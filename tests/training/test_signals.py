@@ -1,0 +1,39 @@
+"""Signals only ask while the context lasts, and are what they were before after it."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from tfm.training.signals import stop_signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_asks_and_says_with_which_status_to_end(number, status):
+    before = signal.getsignal(number)
+    with stop_signals() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert (stop.name, stop.status) == (number.name, status)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_is_not_waited_out():
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_another_thread_gets_no_signals_and_no_error():
+    asked = []
+
+    def run() -> None:
+        with stop_signals() as stop:
+            asked.append(stop.requested)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert asked == [False]

@@ -1,0 +1,52 @@
+"""SIGTERM and Ctrl-C as requests: a run that is told to end finishes its step and saves first."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """A signal that asked the run to save and end."""
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C is not to be waited out
+        self._signal = signal.Signals(number)
+        _log.warning("%s: the run ends after this step and its checkpoint", self._signal.name)
+
+    @property
+    def requested(self) -> bool:
+        return self._signal is not None
+
+    @property
+    def name(self) -> str:
+        return self._signal.name if self._signal is not None else ""
+
+    @property
+    def status(self) -> int:
+        return 143 if self._signal == signal.SIGTERM else 130
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """While it lasts, SIGTERM and Ctrl-C only ask."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
