@@ -31,7 +31,7 @@ def get_config() -> Config:
         ),
         training=TrainingConfig(
             steps=300_000,
-            target_tokens_per_batch=24_576,  # 96 rows of 256, which divide over 8, 16 or 32 devices; the paper has 25,000
+            target_tokens_per_batch=24_576,  # 96 rows of 256, which divide over 8, 16 or 32 devices; the paper: 25,000
             label_smoothing=0.1,
         ),
         decoding=DecodingConfig(length_penalty=0.6, max_extra_tokens=50),
