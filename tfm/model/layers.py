@@ -48,7 +48,9 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, key: DropoutKey | None) -> jax.Array:
         """[B, L, D]: token vectors times √d_model, plus position encodings, with dropout."""
-        x_BLD = self.table_VD[tokens_BL] * math.sqrt(self.config.d_model) + sinusoids(positions_BL, self.config.d_model)
+        # Whole in width before rows are looked up: a batch and a width on the same mesh axis could not be told apart.
+        table_VD = constrain(self.table_VD, "vocab", None)
+        x_BLD = table_VD[tokens_BL] * math.sqrt(self.config.d_model) + sinusoids(positions_BL, self.config.d_model)
         x_BLD = dropout(x_BLD, self.config.dropout_rate, key, _SITES["input"]).astype(self.dtype)
         return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 

@@ -65,7 +65,7 @@ def _sums(
 ) -> tuple[LossSums, tuple[jax.Array, jax.Array] | None]:
     """The sums, and the gradient of `loss` with respect to x [B, T, D] and the table [V, D]."""
     dtype, precision = x_BTD.dtype, matmul_precision(x_BTD.dtype)
-    table = table_VD.astype(dtype)
+    table = constrain(table_VD.astype(dtype), "vocab", None)
     ids_V = jnp.arange(table.shape[0])[None, None]
 
     def chunk(total: tuple[LossSums, jax.Array | None], piece: tuple[jax.Array, ...]) -> tuple:
