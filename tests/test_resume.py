@@ -54,7 +54,7 @@ class Process:
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, ROOT / "train.py", f"--config={config_path}", f"--workdir={workdir}"],
-                env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+                env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")},
                 stdout=subprocess.PIPE,
                 stderr=errors,
             )

@@ -51,14 +51,9 @@ def assert_compiles(config: Config) -> None:
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 2**20
 
 
-@pytest.mark.parametrize("name", [n for n in shipped_configs() if n != "big"])
+@pytest.mark.parametrize("name", shipped_configs())
 def test_compiles_for_eight_devices_as_shipped(name):
     assert_compiles(load_config(name))
-
-
-@pytest.mark.slow
-def test_big_compiles_for_eight_devices_as_shipped():
-    assert_compiles(load_config("big"))
 
 
 def test_big_compiles_with_its_parameters_split():

@@ -208,15 +208,15 @@ def test_values_read_from_test_sentences_never_stand_in_training_sentences(drawn
         assert not train[category] & test[category]
 
 
-def test_all_forms_of_time_are_tested(drawn):
+def test_all_regular_forms_of_time_are_tested(drawn):
     times = collections.Counter(
         word
         for pair in drawn["test"]
         if pair.category == "time"
-        for word in ("halb", "Viertel", "vor halb", "nach halb", "Minuten nach", "Minuten vor")
+        for word in ("Viertel", "Minuten nach", "Minuten vor")
         if word in pair.de
     )
-    assert len(times) == 6
+    assert len(times) == 3
     hours = {key[1] for split in SPLITS for pair in drawn[split] for key in pair.keys if key[0] == "time"}
     assert hours == set(range(1, 13))
 
@@ -287,7 +287,7 @@ def test_draws_depend_on_the_seed_alone():
 def test_the_version_stands_for_these_sentences():
     text = "".join(f"{pair.en}\t{pair.de}\n" for split in SPLITS for pair in sentences(split, 1000, seed=0))
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    assert (str(demo_corpus.DemoTranslation.VERSION), digest) == ("1.0.0", "29228f26c489c006"), (
+    assert (str(demo_corpus.DemoTranslation.VERSION), digest) == ("1.1.0", "3f7c75d244be8f02"), (
         "the corpus has changed: raise DemoTranslation.VERSION, so that no set prepared earlier is used on, and "
         f"write {digest} here"
     )

@@ -50,7 +50,7 @@ def test_a_path_that_can_be_followed_by_hand():
 
 
 def test_the_limit_ends_a_sentence_without_an_end_symbol():
-    """Limits of 0 to 4 tokens where nothing but 2 is ever said; the end symbol is not counted and has no probability."""
+    """Limits of 0 to 4 tokens where nothing but 2 is said; no end symbol is counted or has a probability."""
     row = [0.0, 1.0, 3.0]
     limits = jnp.array([0, 1, 3, 4])
     found = greedy(by_last_token([row] * 3), (), jnp.zeros(4, jnp.int32), limits, length=4, eos=EOS)

@@ -49,8 +49,8 @@ def tokens(segments) -> Tokens:
 def test_what_an_output_depends_on_by_gradient(norm):
     """Two pairs and padding in one row, every token another, so that a table's row stands for a place.
 
-    The output at t has a gradient in the source tokens of its own pair and in the target tokens of its own pair up to t,
-    and one of exactly 0 in all else: later tokens, the other pair, padding.
+    The output at t has a gradient in the source tokens of its own pair and in the target tokens of its own pair up to
+    t, and one of exactly 0 in all else: later tokens, the other pair, padding.
     """
     model, parameters = model_and_parameters(norm)
     source_segments, target_segments = [1, 1, 1, 2, 2, 0, 0], [1, 1, 2, 2, 2, 0]

@@ -224,4 +224,4 @@ def test_another_tokenizer_than_that_of_the_run_started_from_is_refused(finished
     config = tiny_config({"training.initialize_from": str(finished), "data.store": str(tmp_path / "store")})
     loop.prepare(tiny_config(), tmp_path / "store")  # with a tokenizer of its own
     with pytest.raises(InputError, match=r"store: holds a token store prepared otherwise \(data.tokenizer="):
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "other")

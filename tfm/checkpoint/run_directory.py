@@ -73,10 +73,10 @@ class RunDirectory:
         try:
             for part in (run.config_path, run.tokenizer_path, run.checkpoints_path, run.metrics_path):
                 refuse_link(part)
-            if run.config_path.exists():
-                _refuse_other_run(run.config_path, from_json(run.config_path), config)
-            else:
+            if not run.config_path.exists():
                 _refuse_foreign_files(run.path)
+            elif run.has_begun():
+                _refuse_other_run(run.config_path, from_json(run.config_path), config)
             if primary:
                 run.path.mkdir(parents=True, exist_ok=True)
                 # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
@@ -84,6 +84,10 @@ class RunDirectory:
         except OSError as error:
             raise unwritable(run.path, error) from error
         return run
+
+    def has_begun(self) -> bool:
+        """Whether anything here depends on the config; a first start that was refused leaves nothing that does."""
+        return any(path.exists() for path in (self.tokenizer_path, self.metrics_path, self.checkpoints_path))
 
     @property
     def config(self) -> Config:

@@ -26,8 +26,8 @@ class DemoTranslation(tfds.core.GeneratorBasedBuilder):
     """Numbers, ordinals, dates, times and amounts of money in English sentences, and their German."""
 
     # A change of any sentence needs a new version, or a set prepared earlier would be used on; a test watches it.
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "First release."}
     BUILDER_CONFIGS: ClassVar[list[DemoConfig]] = [
         DemoConfig(name="full", description="What `make demo` trains on.", train=60_000, validation=500, test=500),
         DemoConfig(name="small", description="For tests.", train=1_000, validation=100, test=100),

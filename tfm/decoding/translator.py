@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 # Lines that are sorted into buckets together: enough to fill them, and all that is ever held of an endless stream.
 WINDOW_LINES = 8192
 
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?…。！？])\s+")
+# Chinese and Japanese put no blank after a full stop, but may close a quotation or a bracket.
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」』”’）])\s*")
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,19 @@ class Translator:
                 yield from (unit[at : at + room] for at in range(0, len(unit), room))
 
     def _units(self, parts: list[str], room: int) -> Iterator[list[int]]:
-        """Neighbouring parts joined as long as they fit; a part that doesn't fit by itself is cut at its words."""
+        """Neighbouring parts joined as long as they fit; a part that doesn't fit is cut into words, and a word in two.
+
+        A word is cut as text: its ids may be bytes, and a character cut in two would be none.
+        """
         joined: list[int] = []
         for part, ids in zip(parts, self.tokenizer.encode(parts), strict=True):
             if joined and len(joined) + len(ids) > room:
                 yield joined
                 joined = []
             words = part.split()
-            if len(ids) > room and len(words) > 1:
+            if len(words) == 1:
+                words = [part[: len(part) // 2], part[len(part) // 2 :]]
+            if len(ids) > room and all(words):
                 yield from self._units(words, room)
             else:
                 joined = joined + ids

@@ -60,7 +60,7 @@ class Run:
         """`stack` closes what the run opens: the log, and the checkpoint that is still being written."""
         self.config, self.run = config, run
         mesh = self.mesh = sharding.make_mesh(config.mesh)
-        initial = _run_to_start_from(config)
+        initial = _run_to_start_from(config, run)
         store = _prepared(config, run, initial)
         self.model = Transformer(
             config.model,
@@ -275,8 +275,8 @@ class Progress:
         self._steps, self._source_tokens, self._target_tokens = 0, 0.0, 0.0
 
 
-def _run_to_start_from(config: Config) -> RunDirectory | None:
-    """The run whose parameters and tokenizer this one takes over."""
+def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None:
+    """The run whose parameters and tokenizer this one takes over; none once it has checkpoints of its own."""
     path = config.training.initialize_from
     if path is None:
         return None
@@ -285,12 +285,14 @@ def _run_to_start_from(config: Config) -> RunDirectory | None:
             f"training.initialize_from={path} brings its own tokenizer, and data.tokenizer={config.data.tokenizer} "
             "names another: leave one of them out"
         )
-    return RunDirectory.open(path)
+    return None if CheckpointReader(run).steps() else RunDirectory.open(path)
 
 
 def _prepared(config: Config, run: RunDirectory, initial: RunDirectory | None) -> TokenStore:
     """The token store, built if it is not there, and the run's own copy of its tokenizer."""
-    tokenizer = None if initial is None else Path(initial.tokenizer_path)
+    tokenizer = None
+    if config.training.initialize_from is not None:
+        tokenizer = Path(run.tokenizer_path if initial is None else initial.tokenizer_path)
     store = prepare(config, store_directory(config, run.path), tokenizer)
     run.install_tokenizer(store.tokenizer_path)
     return store

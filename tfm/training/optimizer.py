@@ -77,4 +77,10 @@ def _by_layer(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTr
         return jax.vmap(rule.update)(updates, state, parameters)
 
     over_layers = optax.GradientTransformation(init, update)
-    return optax.chain(optax.masked(over_layers, stacked), optax.masked(rule, single))
+    # Encoder and decoder each by themselves: they may differ in depth.
+    stacks = [name for name, flags in stacked.items() if any(jax.tree.leaves(flags))]
+    masks = [
+        {name: jax.tree.map(lambda flag, on=name == stack: flag and on, flags) for name, flags in stacked.items()}
+        for stack in stacks
+    ]
+    return optax.chain(*(optax.masked(over_layers, mask) for mask in masks), optax.masked(rule, single))

@@ -1,0 +1,234 @@
+"""Every rule of the config's validation, and its way into a file and back."""
+
+import json
+
+import pytest
+
+from tfm.config import Config, ConfigError, InputError, ModelConfig, fields_of, from_dict, from_json
+
+
+def override(**values) -> Config:
+    """The default config with fields set by their dotted names, dots written as two underscores."""
+    sections = Config().to_dict()
+    for name, value in values.items():
+        section, field = name.split("__")
+        assert field in sections[section], name
+        sections[section][field] = value
+    return from_dict(sections)
+
+
+def refusal(**values) -> str:
+    with pytest.raises(ConfigError) as caught:
+        override(**values).validate()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def names(text: str) -> list[str]:
+    return text.split()
+
+
+AT_LEAST_ONE = names("""
+    model.d_model model.d_ff model.num_heads model.d_k model.d_v model.encoder_layers model.decoder_layers
+    data.vocab_size data.tokenizer_sample data.source_row_length data.target_row_length data.window_pairs
+    data.read_ahead
+    optimizer.warmup_steps optimizer.decay_steps
+    training.steps training.target_tokens_per_batch training.gradient_accumulation training.unroll_layers
+    training.log_every training.checkpoint_every training.keep_last training.evaluate_every training.evaluate_sentences
+    training.max_skipped_steps
+    decoding.beam_size decoding.max_source_length decoding.tokens_per_batch
+""")
+NOT_NEGATIVE = names("""
+    optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
+    training.keep_best training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens
+""")
+SHARES = names("""
+    model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate
+    optimizer.beta1 optimizer.beta2 optimizer.ema_decay optimizer.final_learning_rate training.label_smoothing
+""")
+CHOICES = names("""
+    model.norm model.activation model.tie_embeddings model.dtype data.tokenizer_model optimizer.name optimizer.schedule
+    training.best_metric training.remat
+""")
+
+
+def keyword(name: str, value) -> dict:
+    return {name.replace(".", "__"): value}
+
+
+@pytest.mark.parametrize("name", AT_LEAST_ONE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_and_counts_are_at_least_one(name, value):
+    assert refusal(**keyword(name, value)) == f"{name}={value}: must be at least 1"
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_what_may_be_zero_may_not_be_negative(name):
+    assert refusal(**keyword(name, -1)) == f"{name}=-1: must be at least 0"
+    assert refusal(**keyword(name, float("nan"))) == f"{name}=nan: must be at least 0"
+    if name != "optimizer.weight_decay":  # which has no effect with adam, and a rule of its own
+        override(**keyword(name, 0)).validate()
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize(
+    ("value", "rule"), [(-0.1, "at least 0"), (float("nan"), "at least 0"), (1, "below 1"), (1.5, "below 1")]
+)
+def test_shares_are_from_zero_to_below_one(name, value, rule):
+    assert refusal(**keyword(name, value)) == f"{name}={value}: must be {rule}"
+    override(**keyword(name, 0.0)).validate()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_is_one_of_those_that_are_named(name):
+    message = refusal(**keyword(name, "best of all"))
+    assert message.startswith(f"{name}='best of all': must be one of ")
+    assert str(fields_of(Config())[name]) in message
+
+
+def test_every_field_has_a_rule_or_needs_none():
+    """A new field is either added to a list here, and so to the rules, or to those that any value of the type suits."""
+    ruled = {*AT_LEAST_ONE, *NOT_NEGATIVE, *SHARES, *CHOICES}
+    pairs = {*names("data.corpus data.source_language data.target_language data.train_split data.validation_split")}
+    free = {
+        "data.test_split",
+        "data.tokenizer",
+        "data.max_length_ratio",
+        "data.drop_duplicates",
+        "data.store",
+        "data.cache_dir",
+        "training.initialize_from",
+        "training.deterministic",
+        "decoding.average",
+    }
+    assert set(fields_of(Config())) == ruled | pairs | free | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (dict(model__d_model=100, model__num_heads=3), ["model.d_model=100", "model.num_heads=3", "model.d_k"]),
+        (dict(model__d_model=100, model__num_heads=3, model__d_k=8), ["model.d_model=100", "set model.d_v"]),
+        (dict(model__d_model=63, model__d_k=8, model__d_v=8), ["model.d_model=63", "must be even"]),
+        (dict(data__corpus=[]), ["data.corpus is empty"]),
+        (dict(data__target_language="en"), ["data.source_language and data.target_language are both 'en'"]),
+        (dict(data__validation_split="train"), ["data.train_split and data.validation_split are both 'train'"]),
+        (
+            dict(training__target_tokens_per_batch=1000, training__gradient_accumulation=4),
+            [
+                "training.target_tokens_per_batch=1000 has room for 3 rows",
+                "data.target_row_length=256",
+                "training.gradient_accumulation=4",
+            ],
+        ),
+        (
+            dict(optimizer__schedule="cosine", training__steps=4000),
+            ["optimizer.warmup_steps=4000", "training.steps=4000", "the cosine schedule"],
+        ),
+        (
+            dict(optimizer__schedule="wsd", training__steps=5000, optimizer__decay_steps=1001),
+            ["optimizer.warmup_steps=4000 and optimizer.decay_steps=1001", "training.steps=5000"],
+        ),
+        (dict(optimizer__weight_decay=0.1), ["optimizer.weight_decay=0.1", "optimizer.name=adam", "use adamw"]),
+        (
+            dict(decoding__tokens_per_batch=100),
+            ["decoding.tokens_per_batch=100", "decoding.max_source_length=256"],
+        ),
+        (dict(mesh__fsdp=-1), ["mesh.data and mesh.fsdp are both -1"]),
+        (dict(mesh__tensor=0), ["mesh.tensor=0"]),
+        (dict(mesh__data=-2), ["mesh.data=-2"]),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused_and_both_named(values, named):
+    message = refusal(**values)
+    assert [part for part in named if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(model__d_model=100, model__num_heads=3, model__d_k=8, model__d_v=8),
+        dict(training__target_tokens_per_batch=1024, training__gradient_accumulation=4),
+        dict(optimizer__schedule="cosine", training__steps=4001),
+        dict(training__steps=10),  # the paper's schedule may end within its warm-up
+        dict(optimizer__schedule="wsd", training__steps=5000, optimizer__decay_steps=1000),
+        dict(optimizer__weight_decay=0.1, optimizer__name="adamw"),
+        dict(optimizer__weight_decay=0.1, optimizer__name="adafactor"),
+        dict(decoding__tokens_per_batch=256),
+        dict(mesh__data=2, mesh__fsdp=-1),
+        dict(optimizer__learning_rate=None, optimizer__decay_steps=None),
+    ],
+)
+def test_what_stands_just_within_the_rules_is_accepted(values):
+    config = override(**values)
+    assert config.validate() is config
+
+
+def test_a_config_error_is_an_input_error():
+    assert issubclass(ConfigError, InputError)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"d_modl": 3}}, "unknown field model.d_modl; did you mean model.d_model?"),
+        ({"modell": {}}, "unknown field modell; did you mean model?"),
+        ({"optimizer": {"zzzzz": 1}}, "unknown field optimizer.zzzzz"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(values, message):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(values)
+    assert str(caught.value) == message
+
+
+def test_what_is_left_out_has_its_default():
+    assert from_dict({}) == Config()
+    assert from_dict({"model": {"d_model": 256}}) == Config(model=ModelConfig(d_model=256))
+
+
+def test_a_config_survives_a_file(tmp_path):
+    config = override(
+        data__corpus=["text:a.{split}.{lang};weight=2", "demo"],
+        data__store="gs://bucket/ä",
+        optimizer__learning_rate=1e-9,
+        model__d_k=7,
+        decoding__average="last:5",
+    )
+    assert isinstance(config.data.corpus, tuple)
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(), encoding="utf-8")
+    assert from_json(path) == config
+    assert json.loads(config.to_json()) == json.loads(from_json(path).to_json())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"model": 3}', '{"model": {"d_modl": 3}}', '{"model": [1]}', "\xff"])
+def test_a_file_that_holds_no_config_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        from_json(path)
+    assert str(caught.value).startswith(f"{path}: not a config of tfm: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_have_dotted_names():
+    fields = fields_of(Config())
+    assert fields["model.d_model"] == 512 and fields["data.corpus"] == ("demo",)
+    assert len(fields) == sum(len(section) for section in Config().to_dict().values())
+
+
+@pytest.mark.parametrize(("tokens", "parts", "rows"), [(25_600, 1, 100), (25_600, 3, 99), (1000, 2, 2), (511, 1, 1)])
+def test_rows_of_a_batch(tokens, parts, rows):
+    config = override(training__target_tokens_per_batch=tokens, training__gradient_accumulation=parts)
+    assert config.rows_per_batch == rows
+
+
+@pytest.mark.parametrize(
+    ("values", "widths"),
+    [({}, (64, 64)), ({"d_k": 16}, (16, 64)), ({"d_v": 16}, (64, 16)), ({"num_heads": 4}, (128, 128))],
+)
+def test_head_widths(values, widths):
+    config = ModelConfig(**values)
+    assert (config.key_width, config.value_width) == widths
