@@ -32,8 +32,13 @@ def test_a_new_run_starts_in_a_directory_that_holds_nothing_of_another(tmp_path,
     assert RunDirectory.open(tmp_path / place).config == config
 
 
+def test_a_start_that_was_refused_leaves_room_for_the_right_config(tmp_path):
+    RunDirectory.create(tmp_path, override(Config(), data__corpus=("text:typo",)))  # and then no such corpus
+    assert RunDirectory.create(tmp_path, Config()).config == Config()
+
+
 def test_a_run_of_another_config_is_refused_and_each_differing_field_named(tmp_path):
-    RunDirectory.create(tmp_path, Config())
+    RunDirectory.create(tmp_path, Config()).tokenizer_path.write_bytes(b"begun")
     written = (tmp_path / "config.json").read_bytes()
     other = override(Config(), model__d_model=256, optimizer__warmup_steps=10, decoding__beam_size=4)
     with pytest.raises(InputError) as refusal:
@@ -75,9 +80,9 @@ def test_the_number_of_steps_stays_where_the_schedule_depends_on_it(schedule):
 
 
 def test_accumulation_stays_where_it_would_change_the_batch():
-    config = Config()  # 100 rows
+    config = Config()  # 96 rows
     assert not differing_fields(config, override(config, training__gradient_accumulation=4))
-    assert list(differing_fields(config, override(config, training__gradient_accumulation=3))) == [
+    assert list(differing_fields(config, override(config, training__gradient_accumulation=5))) == [
         "training.gradient_accumulation"
     ]
 

@@ -73,10 +73,12 @@ class RunDirectory:
         try:
             for part in (run.config_path, run.tokenizer_path, run.checkpoints_path, run.metrics_path):
                 refuse_link(part)
-            if not run.config_path.exists():
+            if run.config_path.exists():
+                there = from_json(run.config_path)
+                if run.has_begun():
+                    _refuse_other_run(run.config_path, there, config)
+            else:
                 _refuse_foreign_files(run.path)
-            elif run.has_begun():
-                _refuse_other_run(run.config_path, from_json(run.config_path), config)
             if primary:
                 run.path.mkdir(parents=True, exist_ok=True)
                 # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
