@@ -6,8 +6,8 @@ caller is done here: English thousands without their comma, "ein" and its ending
 
 A value belongs to one split by a hash of the value itself, whatever sentence it stands in: an integer wherever it is
 counted, ordered by, paid or dated with; an amount by both its parts; a date by its day and month; a time by its hour
-and minute. The words that all values are made of (integers below 21, round tens) are in the training split, and so are the
-clock times that German names in a way of their own.
+and minute. The words that all values are made of (integers below 21, round tens) are in the training split, and so are
+the clock times that German names in a way of its own.
 """
 
 from __future__ import annotations
