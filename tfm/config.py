@@ -102,7 +102,7 @@ class DataConfig:
     """Source tokens in a training row; several pairs share a row."""
     target_row_length: int = _at_least(1, 256)
     """Target tokens in a training row; several pairs share a row."""
-    max_length_ratio: float = 9.0
+    max_length_ratio: float = _at_least(1, 9.0)
     """A training pair is dropped when one side has more than this many times the tokens of the other, both plus 5."""
     drop_duplicates: bool = False
     """Drop exact repetitions of a training pair."""
@@ -210,7 +210,7 @@ class DecodingConfig:
     """Alpha of Wu et al. (2016), equation 14; no effect on greedy search."""
     max_extra_tokens: int = _at_least(0, 50)
     """A translation has at most this many tokens more than its source (section 6.1 of the paper)."""
-    max_source_length: int = _at_least(1, 256)
+    max_source_length: int = _at_least(2, 256)
     """Source tokens, end included, in one compiled program; a longer line is cut into pieces and joined again."""
     tokens_per_batch: int = _at_least(1, 8192)
     """Source tokens, padding included, in one decoded batch."""

@@ -143,5 +143,5 @@ def test_prepare_leaves_nothing_of_a_corpus_it_refuses(reversal, tmp_path, capsy
     argv = ["prepare", "--config=demo", f"--workdir={tmp_path / 'run'}", f"--data.corpus={pattern}"]
     assert main(argv) == 2
     err = capsys.readouterr().err
-    assert "train.en" in err and "has 1 lines" in err
+    assert "train.en has" in err and "train.de has 1:" in err
     assert not (tmp_path / "run" / "store").exists()
