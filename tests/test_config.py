@@ -37,7 +37,8 @@ AT_LEAST_ONE = names("""
     training.steps training.target_tokens_per_batch training.gradient_accumulation training.unroll_layers
     training.log_every training.checkpoint_every training.keep_last training.evaluate_every training.evaluate_sentences
     training.max_skipped_steps
-    decoding.beam_size decoding.max_source_length decoding.tokens_per_batch
+    data.max_length_ratio
+    decoding.beam_size decoding.tokens_per_batch
 """)
 NOT_NEGATIVE = names("""
     optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
@@ -61,6 +62,10 @@ def keyword(name: str, value) -> dict:
 @pytest.mark.parametrize("value", [0, -1])
 def test_sizes_and_counts_are_at_least_one(name, value):
     assert refusal(**keyword(name, value)) == f"{name}={value}: must be at least 1"
+
+
+def test_a_source_has_room_for_a_token_and_its_end():
+    assert refusal(decoding__max_source_length=1) == "decoding.max_source_length=1: must be at least 2"
 
 
 @pytest.mark.parametrize("name", NOT_NEGATIVE)
@@ -89,12 +94,11 @@ def test_a_choice_is_one_of_those_that_are_named(name):
 
 def test_every_field_has_a_rule_or_needs_none():
     """A new field is either added to a list here, and so to the rules, or to those that any value of the type suits."""
-    ruled = {*AT_LEAST_ONE, *NOT_NEGATIVE, *SHARES, *CHOICES}
+    ruled = {"decoding.max_source_length", *AT_LEAST_ONE, *NOT_NEGATIVE, *SHARES, *CHOICES}
     pairs = {*names("data.corpus data.source_language data.target_language data.train_split data.validation_split")}
     free = {
         "data.test_split",
         "data.tokenizer",
-        "data.max_length_ratio",
         "data.drop_duplicates",
         "data.store",
         "data.cache_dir",
