@@ -295,8 +295,8 @@ TABLE_3 = {
 }
 # Of a base model of 65 million, 44 are in the layers, and so 21 in the table, which is 41,000 tokens of width 512 and
 # not the 37,000 that section 5.1 speaks of: the authors' first published code has a table of 40,960. At 37,000 the
-# three smallest rows come out as much as 7 % below the printed number, whatever the layers are like.
-SMALLEST = {"C N=2": 0.07, "C d_model=256": 0.045, "C d_ff=1024": 0.05}
+# three smallest rows miss the bound of 4 %, whatever the layers are like.
+MISSED_AT_37_000 = {"C N=2", "C d_model=256", "C d_ff=1024"}
 
 
 @pytest.mark.parametrize("row", TABLE_3)
@@ -304,7 +304,7 @@ def test_table_3_is_reached_by_overrides(row):
     fields, printed = TABLE_3[row]
     config = ModelConfig(**fields)
     count = count_parameters(Transformer(config, 37_000)) / 1e6
-    assert count == pytest.approx(printed, rel=SMALLEST.get(row, 0.04))
+    assert (abs(count / printed - 1) <= 0.04) == (row not in MISSED_AT_37_000)
     # With the table of that code every row but the last, which is of another set of runs, is the printed number.
     count += (40_960 - 37_000) * config.d_model / 1e6
     assert count == pytest.approx(printed, abs=0.03 * printed if row == "big" else 0.55)

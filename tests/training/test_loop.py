@@ -123,7 +123,7 @@ def test_too_many_skipped_steps_end_the_run(tiny_config, tmp_path, caplog):
     assert "step 2: the loss or its gradient is not finite; the update was skipped" in caplog.text
     [message] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert message.startswith("step 4: 3 updates in a row were not finite")
-    assert "the last good checkpoint is step 2" in message
+    assert "the last good checkpoint: step 2" in message
     events = logged(tmp_path / "run")
     assert [event["skipped_steps"] for event in events] == [0, 1, 2, 3]
     assert events[0]["loss"] is not None and events[1]["gradient_norm"] is None

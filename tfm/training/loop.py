@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class Run:
         )
         self.evaluation_is_due = False
         self.state = self._resumed() or self._started(initial)
-        self.first_step = self.saved_step = int(self.state.step)
+        self.first_step = int(self.state.step)
         self.writer = stack.enter_context(
             MetricsWriter(run.path, total_steps=config.training.steps, first_step=self.first_step)
         )
@@ -115,7 +115,7 @@ class Run:
 
     def _steps(self, batches: Iterator[tuple[int, Batch]], stop: StopRequest) -> int:
         steps = self.config.training.steps
-        progress = Progress(self.writer, self.config, self._checkpoint_to_name)
+        progress = Progress(self.writer, self.config, self._last_good_checkpoint)
         pending = None
         for k, batch in batches:
             self.state, metrics = self.trainer.train_step(self.state, batch)
@@ -165,10 +165,11 @@ class Run:
         metadata = {"plan": self.batches.plan_identity, "rows_of_windows": plan.counts(), "scores": scores}
         metric = None if scores is None else scores[self.config.training.best_metric]
         self.checkpointer.save(step, _to_dict(self.state), metadata, metric)
-        self.saved_step = step
 
-    def _checkpoint_to_name(self) -> int:
-        return self.saved_step
+    def _last_good_checkpoint(self) -> str:
+        self.checkpointer.wait()  # the newest may still be on its way
+        steps = self.checkpointer.steps()
+        return f"step {steps[-1]}" if steps else "none yet"
 
     def _resumed(self) -> TrainState | None:
         """The newest good checkpoint, if there is one; the log is cut to what was known there."""
@@ -226,7 +227,7 @@ class Run:
 class Progress:
     """Turns the metrics of steps into events, and notices when the updates stop being finite."""
 
-    def __init__(self, writer: MetricsWriter, config: Config, last_checkpoint: Any):
+    def __init__(self, writer: MetricsWriter, config: Config, last_checkpoint: Callable[[], str]):
         self.writer, self.config, self.last_checkpoint = writer, config, last_checkpoint
         self._start_interval()
 
@@ -259,7 +260,7 @@ class Progress:
         if skipped_in_a_row >= self.config.training.max_skipped_steps:
             raise TrainingDiverged(
                 f"step {step}: {skipped_in_a_row} updates in a row were not finite, and none of them was applied; the "
-                f"last good checkpoint is step {self.last_checkpoint()}: lower optimizer.learning_rate or set "
+                f"last good checkpoint: {self.last_checkpoint()}; lower optimizer.learning_rate or set "
                 "optimizer.clip_norm, in a new --workdir, or look at the data of these steps"
             )
 
