@@ -176,6 +176,8 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; an evaluated step also gets a checkpoint."""
     evaluate_sentences: int = _at_least(1, 2000)
     """Validation sentences that are translated for BLEU and chrF; the loss is always taken over all of them."""
+    evaluate_beam_size: int = _at_least(1, 1)
+    """Beam with which they are translated; 1, greedy search, is the quickest."""
     best_metric: Literal["bleu", "chrf", "loss"] = "bleu"
     """What makes a checkpoint the best."""
     early_stopping: int = _at_least(0, 0)
@@ -204,12 +206,28 @@ class MeshConfig:
 class DecodingConfig:
     """Translation."""
 
-    beam_size: int = _at_least(1, 1)
-    """Hypotheses kept for a sentence; 1 is greedy search."""
+    beam_size: int = _at_least(1, 4)
+    """Hypotheses that live on at each step of the search for a sentence; 1 is greedy search."""
+    n_best: int = _at_least(1, 1)
+    """Translations of each sentence, of which text output shows the first and JSON lines show all."""
     length_penalty: float = _at_least(0, 0.6)
     """Alpha of Wu et al. (2016), equation 14; no effect on greedy search."""
+    min_length: int = _at_least(0, 0)
+    """Tokens that a translation has at least."""
     max_extra_tokens: int = _at_least(0, 50)
     """A translation has at most this many tokens more than its source (section 6.1 of the paper)."""
+    sampling: bool = False
+    """Draw `n_best` translations from the model's distribution in place of searching for the likeliest."""
+    sampling_temperature: float = _at_least(0, 1.0)
+    """Logits are divided by this before a token is drawn: lower is more careful."""
+    sampling_top_k: int = _at_least(0, 0)
+    """Only so many of the likeliest tokens can be drawn; 0 is all."""
+    sampling_top_p: float = _at_least(0, 1.0)
+    """Only the likeliest tokens that have together at least this probability can be drawn; 1 is all."""
+    sampling_seed: int = _at_least(0, 0)
+    """Seed of what is drawn; it depends on this and on a line's number and text, and on nothing else."""
+    ensemble_mean: Literal["log_probs", "probs"] = "log_probs"
+    """What is averaged where several models translate together."""
     max_source_length: int = _at_least(2, 256)
     """Source tokens, end included, in one compiled program; a longer line is cut into pieces and joined again."""
     tokens_per_batch: int = _at_least(1, 8192)
@@ -351,6 +369,7 @@ def _check_pairs(config: Config) -> None:
             f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "
             f"decoding.max_source_length={decoding.max_source_length}: raise the first or lower the second"
         )
+    _check_decoding(decoding)
     mesh = dataclasses.asdict(config.mesh)
     free = [f"mesh.{axis}" for axis, size in mesh.items() if size == -1]
     if len(free) > 1:
@@ -358,3 +377,20 @@ def _check_pairs(config: Config) -> None:
     for axis, size in mesh.items():
         if size != -1 and size < 1:
             raise ConfigError(f"mesh.{axis}={size}: must be at least 1, or -1 for the rest of the devices")
+
+
+def _check_decoding(decoding: DecodingConfig) -> None:
+    if decoding.sampling_temperature == 0:
+        raise ConfigError("decoding.sampling_temperature=0.0: must be above 0; greedy search is decoding.beam_size=1")
+    if not 0 < decoding.sampling_top_p <= 1:
+        raise ConfigError(f"decoding.sampling_top_p={decoding.sampling_top_p}: must be above 0, and at most 1")
+    if decoding.sampling:
+        return
+    if decoding.n_best > decoding.beam_size:
+        raise ConfigError(
+            f"decoding.n_best={decoding.n_best} is more than decoding.beam_size={decoding.beam_size} can find: "
+            "raise the second, or draw them with decoding.sampling=True"
+        )
+    for name in ("sampling_temperature", "sampling_top_k", "sampling_top_p", "sampling_seed"):
+        if (value := getattr(decoding, name)) != getattr(DecodingConfig(), name):
+            raise ConfigError(f"decoding.{name}={value} has no effect without decoding.sampling=True: set both or none")

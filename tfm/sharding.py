@@ -7,10 +7,14 @@ Parameters and activations have names of their own, since one table for both wou
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
-from collections.abc import Sequence
+import os
+import platform
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -89,6 +93,24 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def use_compilation_cache() -> None:
+    """Has JAX keep compiled programs in the user's cache directory, so that the second start of a command is quick.
+
+    Nothing is changed where JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE is set.
+    """
+    if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & os.environ.keys():
+        return
+    # Programs for a CPU hold its own instructions, and a home directory may be seen by several kinds of machine.
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().split("\n") if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    machine = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "tfm" / f"{platform.machine()}-{machine}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def spec_of(names: LogicalAxes) -> PartitionSpec:
     """Mesh axes of an array whose dimensions have these logical names (None: not split).
 
@@ -112,10 +134,36 @@ def spec_of(names: LogicalAxes) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Tells the compiler how an activation is split; without a mesh in scope (`jax.set_mesh`), `x` as it is."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Tells the compiler how an activation is split; without a mesh in scope (`jax.set_mesh`), `x` as it is.
+
+    Within `per_device` the batch is split by hand, and only what is left to the compiler is said.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(names))
+    left = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+
+    def kept(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis in left)
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(kept(axes) or None for axes in spec_of(names))))
+
+
+def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function(shared, rows)` over the rows that each data shard has, as if it were alone: no shard waits for another.
+
+    `shared` is whole on each of them, while `rows` and the result are trees whose leaves are split along dimension 0.
+    The axis `tensor` is left to the compiler, as everywhere.
+    """
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows),
+        out_specs=rows,
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )
 
 
 def logical_axes(boxed: Any) -> Any:

@@ -9,9 +9,9 @@ import pytest
 
 from tfm.config import ConfigError, DecodingConfig, MeshConfig, ModelConfig
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
-from tfm.decoding.decoder import Bucket, Decoder, unstack_axes
+from tfm.decoding.decoder import Bucket, Decoder, bucket_of
 from tfm.model.attention import Tokens
-from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack
+from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack, unstack_axes
 from tfm.sharding import make_mesh, unboxed
 
 VOCAB = 100
@@ -19,7 +19,8 @@ EXTRA = 6
 MODEL = Transformer(
     ModelConfig(d_model=16, d_ff=32, num_heads=4, d_v=2, encoder_layers=1, decoder_layers=1, norm="pre"), VOCAB
 )
-CONFIG = DecodingConfig(max_source_length=24, tokens_per_batch=128, max_extra_tokens=EXTRA)
+CONFIG = DecodingConfig(beam_size=1, max_source_length=24, tokens_per_batch=128, max_extra_tokens=EXTRA)
+BEAM = dataclasses.replace(CONFIG, beam_size=4, n_best=3)
 BANNED = (PAD, BOS, UNK)
 
 
@@ -35,7 +36,7 @@ def parameters():
 
 @pytest.fixture(scope="module")
 def decoder(parameters) -> Decoder:
-    decoder = Decoder(MODEL, one_device(), CONFIG, BANNED)
+    decoder = Decoder([MODEL], one_device(), CONFIG, BANNED)
     decoder.set_parameters(parameters)
     return decoder
 
@@ -49,7 +50,7 @@ def sentences() -> list[list[int]]:
 def hypotheses(decoder: Decoder, bucket: Bucket, sentences) -> list[tuple[list[int], float]]:
     """(tokens, log-probability) of each sentence."""
     tokens, lengths, log_probs = (np.asarray(part)[:, 0] for part in decoder.decode(bucket, sentences))
-    assert tokens.shape == (bucket.rows, bucket.source_length + decoder.config.max_extra_tokens)
+    assert tokens.shape == (bucket.rows, bucket.length + decoder.config.max_extra_tokens)
     assert np.all(np.isfinite(log_probs))
     return [(tokens[i, : lengths[i]].tolist(), float(log_probs[i])) for i in range(len(sentences))]
 
@@ -80,14 +81,15 @@ def test_decoding_is_the_model_s_own_greedy_path(parameters, sentences, decoded)
     for t in range(length):
         scores = np.asarray(logits(source, (source > 0).astype(np.int32), target)[:, t], np.float64)[:, :VOCAB]
         scores[:, list(BANNED)] = -np.inf
+        peak = scores.max(-1, keepdims=True)
+        normalised = scores - peak - np.log(np.exp(scores - peak).sum(-1, keepdims=True))
         best = scores.argmax(-1)
-        log_prob = scores.max(-1) - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)) - scores.max(-1)
         for i, sentence in enumerate(sentences):
             if not ended[i]:
-                log_probs[i] += log_prob[i]
-                if best[i] != EOS:
-                    said[i].append(int(best[i]))
                 ended[i] = best[i] == EOS or len(said[i]) == len(sentence) - 1 + EXTRA
+                log_probs[i] += normalised[i, EOS if ended[i] else best[i]]
+                if not ended[i]:
+                    said[i].append(int(best[i]))
         if t + 1 < length:
             target[:, t + 1] = best
     assert [tokens for tokens, _ in decoded] == said
@@ -105,7 +107,7 @@ def test_company_and_place_change_no_bit(decoder, sentences, decoded):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 2, 4)])
 def test_eight_devices_decode_as_one(parameters, sentences, decoded, mesh):
-    decoder = Decoder(MODEL, make_mesh(mesh), CONFIG, BANNED)
+    decoder = Decoder([MODEL], make_mesh(mesh), CONFIG, BANNED)
     decoder.set_parameters(parameters)
     sharded = hypotheses(decoder, decoder.buckets[0], sentences)
     assert [tokens for tokens, _ in sharded] == [tokens for tokens, _ in decoded]
@@ -114,8 +116,9 @@ def test_eight_devices_decode_as_one(parameters, sentences, decoded, mesh):
 
 def test_a_limit_is_the_source_s_length_and_so_many_tokens_more(parameters, sentences):
     """With the end symbol ruled out every translation runs into its limit; 50 is the default, as in the paper."""
-    config = DecodingConfig(max_source_length=16, tokens_per_batch=128)
-    decoder = Decoder(MODEL, one_device(), config, (*BANNED, EOS))
+    config = DecodingConfig(beam_size=1, max_source_length=16, tokens_per_batch=128)
+    decoder = Decoder([MODEL], one_device(), config, BANNED)
+    decoder._bias_V[EOS] = -1e4  # not infinite, since each translation ends in it after all
     decoder.set_parameters(parameters)
     found = hypotheses(decoder, decoder.buckets[0], sentences)
     assert [len(tokens) for tokens, _ in found] == [len(sentence) - 1 + 50 for sentence in sentences]
@@ -126,15 +129,15 @@ def test_a_limit_is_the_source_s_length_and_so_many_tokens_more(parameters, sent
 def test_what_is_banned_is_never_generated(parameters, sentences, decoded):
     often = sorted({token for tokens, _ in decoded for token in tokens})
     assert often
-    decoder = Decoder(MODEL, one_device(), CONFIG, (*BANNED, *often))
+    decoder = Decoder([MODEL], one_device(), CONFIG, (*BANNED, *often))
     decoder.set_parameters(parameters)
     found = hypotheses(decoder, decoder.buckets[0], sentences)
     assert not set(often) & {token for tokens, _ in found for token in tokens}
 
 
 def test_rows_that_only_fill_the_batch_say_nothing(decoder, sentences):
-    _, lengths, log_probs = decoder.decode(decoder.buckets[0], sentences[:1])
-    assert not np.asarray(lengths)[1:].any() and not np.asarray(log_probs)[1:].any()
+    tokens, lengths, _ = map(np.asarray, decoder.decode(decoder.buckets[0], sentences[:1]))
+    assert not lengths[1:].any() and np.all(tokens[1:] == EOS)
 
 
 def test_more_sentences_than_rows_are_an_error(decoder, sentences):
@@ -143,15 +146,15 @@ def test_more_sentences_than_rows_are_an_error(decoder, sentences):
 
 
 def test_each_shape_is_compiled_once(parameters, sentences):
-    decoder = Decoder(MODEL, one_device(), CONFIG, BANNED)
+    decoder = Decoder([MODEL], one_device(), CONFIG, BANNED)
     decoder.set_parameters(parameters)
     assert decoder.compile_seconds == {}
     for count in (1, 3, 2):
         decoder.decode(decoder.buckets[0], sentences[:count])
     decoder.set_parameters(jax.tree.map(lambda p: p / 2, parameters))  # as validation does, again and again
     decoder.decode(decoder.buckets[0], sentences)
-    assert list(decoder.compile_seconds) == [decoder.buckets[0]]
-    assert decoder.compile_seconds[decoder.buckets[0]] > 0
+    assert list(decoder.compile_seconds) == [("search", decoder.buckets[0])]
+    assert decoder.compile_seconds["search", decoder.buckets[0]] > 0
 
 
 @pytest.mark.parametrize(
@@ -165,26 +168,137 @@ def test_each_shape_is_compiled_once(parameters, sentences):
 )
 def test_buckets(mesh, config, expected):
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-    decoder = Decoder(MODEL, make_mesh(mesh, devices), config, BANNED)
+    decoder = Decoder([MODEL], make_mesh(mesh, devices), config, BANNED)
     assert decoder.buckets == expected
     for length in range(1, config.max_source_length + 1):
-        bucket = decoder.bucket_of(length)
-        assert length <= bucket.source_length
-        assert not any(length <= other.source_length < bucket.source_length for other in decoder.buckets)
-    with pytest.raises(ValueError, match=f"{config.max_source_length + 1} source tokens"):
-        decoder.bucket_of(config.max_source_length + 1)
+        bucket = bucket_of(decoder.buckets, length)
+        assert length <= bucket.length
+        assert not any(length <= other.length < bucket.length for other in decoder.buckets)
+    with pytest.raises(ValueError, match=f"{config.max_source_length + 1} tokens"):
+        bucket_of(decoder.buckets, config.max_source_length + 1)
 
 
-def test_a_beam_is_refused():
-    with pytest.raises(ConfigError, match=r"decoding\.beam_size=4"):
-        Decoder(MODEL, one_device(), DecodingConfig(beam_size=4), BANNED)
+# Beams, samples, scores and several models ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def beam_decoder(parameters) -> Decoder:
+    decoder = Decoder([MODEL], one_device(), BEAM, BANNED)
+    decoder.set_parameters(parameters)
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def n_best(beam_decoder, sentences):
+    return n_best_of(beam_decoder, sentences)
+
+
+def n_best_of(decoder: Decoder, sentences) -> list[list[tuple[list[int], float]]]:
+    """(tokens, log-probability) of each hypothesis of each sentence."""
+    tokens, lengths, log_probs = map(np.asarray, decoder.decode(decoder.buckets[0], sentences))
+    return [
+        [(tokens[i, r, : lengths[i, r]].tolist(), float(log_probs[i, r])) for r in range(tokens.shape[1])]
+        for i in range(len(sentences))
+    ]
+
+
+def scores_of(decoder: Decoder, sources, targets) -> list[float]:
+    bucket = decoder.score_buckets[-1]
+    found = np.asarray(decoder.score(bucket, sources, [[*target, EOS] for target in targets]))
+    for row, target in zip(found, targets, strict=False):
+        assert np.all(row[: len(target) + 1] < 0) and np.all(row[len(target) + 1 :] == 0)
+    return found[: len(targets)].sum(axis=1).tolist()
+
+
+def test_what_a_beam_search_says_of_its_hypotheses_is_what_scoring_says(beam_decoder, sentences, n_best):
+    """The cache, in which beams are never moved, against a computation of all positions at once."""
+    sources = [sentence for sentence, found in zip(sentences, n_best, strict=True) for _ in found]
+    hypotheses = [hypothesis for found in n_best for hypothesis in found]
+    for at in range(0, len(sources), 4):
+        scores = scores_of(beam_decoder, sources[at : at + 4], [tokens for tokens, _ in hypotheses[at : at + 4]])
+        np.testing.assert_allclose(scores, [p for _, p in hypotheses[at : at + 4]], rtol=1e-4, atol=1e-4)
+
+
+def test_the_n_best_are_sorted_distinct_and_no_worse_than_greedy(n_best, decoded):
+    def score(hypothesis):
+        tokens, log_prob = hypothesis
+        return log_prob / ((5 + len(tokens) + 1) / 6) ** BEAM.length_penalty
+
+    for found, greedy in zip(n_best, decoded, strict=True):
+        scores = [score(hypothesis) for hypothesis in found]
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(tokens) for tokens, _ in found}) == BEAM.n_best
+        assert scores[0] >= score(greedy) - 1e-4
+    assert any(found[0][0] != greedy[0] for found, greedy in zip(n_best, decoded, strict=True))
+
+
+def test_beams_of_eight_devices_and_in_any_company_are_those_of_one(beam_decoder, parameters, sentences, n_best):
+    assert n_best_of(beam_decoder, sentences[::-1]) == n_best[::-1]
+    assert n_best_of(beam_decoder, sentences[2:3]) == n_best[2:3]
+    decoder = Decoder([MODEL], make_mesh(MeshConfig(2, 2, 2)), BEAM, BANNED)
+    decoder.set_parameters(parameters)
+    sharded = n_best_of(decoder, sentences)
+    assert [[t for t, _ in found] for found in sharded] == [[t for t, _ in found] for found in n_best]
+    np.testing.assert_allclose(
+        [[p for _, p in found] for found in sharded], [[p for _, p in found] for found in n_best], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_device_stops_by_itself_without_a_word_to_the_others(parameters):
+    """With tensor 1 the compiled search has no collective at all."""
+    decoder = Decoder([MODEL], make_mesh(MeshConfig(4, 2, 1)), BEAM, BANNED)
+    decoder.set_parameters(parameters)
+    decoder.decode(decoder.buckets[0], [[5, EOS]])
+    [program] = decoder._compiled.values()
+    text = program.as_text()
+    assert "while(" in text
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collective not in text
+
+
+def test_a_prefix_is_what_the_translation_begins_with(beam_decoder, sentences, n_best):
+    prefixes = [[7, 8, 9], [], [50], [], [], [5] * 4]
+    tokens, lengths, _ = map(np.asarray, beam_decoder.decode(beam_decoder.buckets[0], sentences, prefixes))
+    for row, prefix in enumerate(prefixes):
+        assert tokens[row, 0, : len(prefix)].tolist() == prefix
+        if not prefix:
+            assert tokens[row, 0, : lengths[row, 0]].tolist() == n_best[row][0][0]
+
+
+def test_samples_differ_by_number_and_seed_and_not_by_company(parameters, sentences):
+    config = dataclasses.replace(CONFIG, sampling=True, n_best=2, sampling_seed=3)
+    decoder = Decoder([MODEL], one_device(), config, BANNED)
+    decoder.set_parameters(parameters)
+
+    def drawn(which, numbers):
+        tokens = np.asarray(decoder.decode(decoder.buckets[0], [sentences[i] for i in which], None, numbers)[0])
+        return tokens[: len(which)].tolist()
+
+    first = drawn([0, 1, 1], [10, 11, 12])
+    assert drawn([1, 0], [11, 10]) == first[1::-1]
+    assert first[1] != first[2] and first[0][0] != first[0][1]
+
+
+def test_two_models_of_the_same_parameters_translate_as_one(parameters, sentences, n_best):
+    for mean in ("log_probs", "probs"):
+        decoder = Decoder([MODEL, MODEL], one_device(), dataclasses.replace(BEAM, ensemble_mean=mean), BANNED)
+        decoder.set_parameters(parameters, parameters)
+        found = n_best_of(decoder, sentences)
+        assert [[t for t, _ in of] for of in found] == [[t for t, _ in of] for of in n_best]
+        scores = scores_of(decoder, sentences[:4], [of[0][0] for of in n_best[:4]])
+        np.testing.assert_allclose(scores, [of[0][1] for of in n_best[:4]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_beam_larger_than_the_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match=r"decoding\.beam_size=98 is more than the 97 tokens"):
+        Decoder([MODEL], one_device(), DecodingConfig(beam_size=98), BANNED)
 
 
 def test_parameters_are_laid_out_in_the_compute_type():
     """Norms stay float32; everything else is what matrix products multiply."""
     model = dataclasses.replace(MODEL, dtype=jnp.dtype("bfloat16"))
-    decoder = Decoder(model, make_mesh(MeshConfig(2, 2, 2)), CONFIG, BANNED)
-    laid_out = jax.eval_shape(decoder._laid_out, unboxed(abstract_parameters(model)))
+    decoder = Decoder([model], make_mesh(MeshConfig(2, 2, 2)), CONFIG, BANNED)
+    laid_out = jax.eval_shape(decoder._laid_out, (unboxed(abstract_parameters(model)),))
     for path, leaf in jax.tree_util.tree_leaves_with_path(laid_out):
         assert leaf.dtype == ("float32" if "norm" in jax.tree_util.keystr(path) else "bfloat16"), path
 
@@ -202,4 +316,4 @@ def test_a_decoder_can_be_made_where_a_mesh_is_set():
     """As the training loop does, whose mesh is in scope throughout."""
     mesh = make_mesh(MeshConfig(8, 1, 1))
     with jax.set_mesh(mesh):
-        assert Decoder(MODEL, mesh, CONFIG, BANNED).buckets
+        assert Decoder([MODEL], mesh, CONFIG, BANNED).buckets

@@ -13,15 +13,16 @@ from tfm.checkpoint import Checkpointer, RunDirectory
 from tfm.config import Config, DecodingConfig, InputError, MeshConfig, ModelConfig
 from tfm.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from tfm.decoding import translator as module
-from tfm.decoding.decoder import Bucket
+from tfm.decoding.decoder import Bucket, bucket_of
 from tfm.decoding.search import Hypotheses
-from tfm.decoding.translator import Translation, Translator
+from tfm.decoding.translator import Hypothesis, Translation, Translator
 from tfm.model.transformer import Transformer, init_parameters
 from tfm.sharding import make_mesh
 
 WORDS = ["haus", "tür", "baum", "weg", "see", "alt", "groß", "läuft", "steht", "und"]
 MODEL_CONFIG = ModelConfig(d_model=16, d_ff=32, num_heads=4, encoder_layers=1, decoder_layers=1, norm="pre")
-CONFIG = DecodingConfig(max_source_length=24, tokens_per_batch=128, max_extra_tokens=4)
+CONFIG = DecodingConfig(beam_size=1, max_source_length=24, tokens_per_batch=128, max_extra_tokens=4)
+EMPTY = Translation((Hypothesis("", (), 0.0, 0.0),))
 ODD_LINES = [
     "haus tür",
     "",
@@ -55,13 +56,10 @@ class Echo:
         self.buckets = [Bucket(rows, length) for length in source_lengths]
         self.batches: list[tuple[Bucket, list[list[int]]]] = []
 
-    def bucket_of(self, length: int) -> Bucket:
-        return next(bucket for bucket in self.buckets if length <= bucket.source_length)
-
-    def decode(self, bucket: Bucket, given) -> Hypotheses:
+    def decode(self, bucket: Bucket, given, prefixes, numbers) -> Hypotheses:
         self.batches.append((bucket, list(given)))
         assert len(given) <= bucket.rows
-        tokens = np.full((bucket.rows, 1, bucket.source_length), EOS)
+        tokens = np.full((bucket.rows, 1, bucket.length), EOS)
         lengths = np.zeros((bucket.rows, 1), np.int32)
         for row, sentence in enumerate(given):
             assert sentence[-1] == EOS and EOS not in sentence[:-1]
@@ -73,7 +71,7 @@ class Echo:
 @pytest.fixture
 def echo(tokenizer) -> Translator:
     model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
-    translator = Translator(model, make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, CONFIG)
+    translator = Translator([model], make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, CONFIG)
     translator.decoder = Echo()
     return translator
 
@@ -96,13 +94,13 @@ def test_one_line_out_for_each_line_in_whatever_it_holds(echo):
     assert all(len(t.text.splitlines()) <= 1 for t in found)
     for line, translation in zip(ODD_LINES, found, strict=True):
         if not line.strip():
-            assert translation == Translation("", 0.0)
+            assert translation == EMPTY
     assert found[0] == found[10]
     assert found[5].text == "weg see alt und"
 
 
 def test_nothing_is_decoded_for_empty_lines(echo):
-    assert echo.translate(["", " ", "\n"]) == [Translation("", 0.0)] * 3
+    assert echo.translate(["", " ", "\n"]) == [EMPTY] * 3
     assert echo.translate([]) == []
     assert echo.decoder.batches == []
 
@@ -112,7 +110,7 @@ def test_a_bucket_holds_a_line_by_its_own_length_alone(echo):
     lengths = {bucket: {len(s) for _, batch in group for s in batch} for bucket, group in grouped(echo.decoder.batches)}
     assert len(lengths) == 2
     for bucket, found in lengths.items():
-        assert found == {n for n in found if bucket == echo.decoder.bucket_of(n)}
+        assert found == {n for n in found if bucket == bucket_of(echo.decoder.buckets, n)}
     for bucket, group in grouped(echo.decoder.batches):  # all but the last batch of a bucket are full
         assert all(len(batch) == bucket.rows for _, batch in list(group)[:-1])
 
@@ -202,7 +200,7 @@ def parameters(tokenizer):
 @pytest.fixture(scope="module")
 def translator(tokenizer, parameters) -> Translator:
     model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
-    translator = Translator(model, make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, CONFIG)
+    translator = Translator([model], make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, CONFIG)
     translator.set_parameters(parameters)
     return translator
 
@@ -242,7 +240,7 @@ def test_no_more_shapes_are_compiled_than_there_are_buckets(translator, translat
 def test_eight_devices_translate_as_one(tokenizer, parameters, translated):
     """Parameters and heads split in two, the batch in four."""
     model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
-    sharded = Translator(model, make_mesh(MeshConfig(2, 2, 2)), tokenizer, CONFIG)
+    sharded = Translator([model], make_mesh(MeshConfig(2, 2, 2)), tokenizer, CONFIG)
     sharded.set_parameters(parameters)
     found = sharded.translate(LINES)
     assert [t.text for t in found] == [t.text for t in translated]

@@ -31,15 +31,19 @@ class Arguments:
     """File for the translations, one a line."""
     checkpoint: str | None = None
     """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
+    ensemble: tuple[str, ...] = ()
+    """Further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
 
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("evaluate", argv, Arguments)
     sources, references = _pairs(arguments, config)
+    from tfm import sharding
     from tfm.decoding.scores import corpus_scores, tokenised_bleu
     from tfm.decoding.translator import Translator
 
-    translator = Translator.load(arguments.workdir, config, arguments.checkpoint)
+    sharding.use_compilation_cache()
+    translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
     start = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]
     seconds = time.perf_counter() - start

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING, Literal
 
+from tfm.commands.lines import Output, json_line, log_rate, opened, text_lines
 from tfm.commands.options import parse
 from tfm.config import InputError
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from tfm.decoding.translator import Translation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,51 +27,50 @@ class Arguments:
     """File to translate, one sentence a line, in place of standard input."""
     output: Path | None = None
     """File to write, which must not exist, in place of standard output."""
+    resume: bool = False
+    """Go on behind the lines that --output already has: an interrupted translation, with the same input."""
+    format: Literal["text", "jsonl"] = "text"
+    """The best translation of each line, or a JSON object a line with all decoding.n_best, their scores and tokens."""
+    prefixes: Path | None = None
+    """File with the text that each translation has to begin with, one a line; an empty line leaves it free."""
     checkpoint: str | None = None
     """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
+    ensemble: tuple[str, ...] = ()
+    """Further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
 
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("translate", argv, Arguments)
+    if arguments.resume and arguments.output is None:
+        raise InputError("--resume goes on behind the lines of --output: name that file")
     with ExitStack() as stack:
-        source, target = _opened(arguments, stack)
+        source = opened(arguments.input, stack)
+        prefixes = None if arguments.prefixes is None else opened(arguments.prefixes, stack)
+        target = stack.enter_context(Output(arguments.output, arguments.resume))
+        done = target.lines
+        for file in (source, prefixes):
+            if file is not None and sum(1 for _ in islice(file, done)) < done:
+                raise InputError(f"{arguments.output}: has {done} lines, more than there are to translate")
+        from tfm import sharding
         from tfm.decoding.translator import Translator
 
-        translator = Translator.load(arguments.workdir, config, arguments.checkpoint)
-        start, lines = time.perf_counter(), 0
-        # Someone who types wants each answer at once; only a file is worth sorting into full batches.
-        window = 1 if source.isatty() else None
-        for translation in translator.stream(_lines(source), window):
-            target.write(translation.text.encode() + b"\n")
-            lines += 1
-            if window == 1:
-                target.flush()
-        target.flush()
-    seconds = time.perf_counter() - start
-    shapes = translator.decoder.compile_seconds
-    _log.info(
-        "%d lines in %.1f s, %.1f lines/s; %d shapes compiled in %.1f s",
-        *(lines, seconds, lines / max(seconds, 1e-9), len(shapes), sum(shapes.values())),
-    )
+        sharding.use_compilation_cache()
+        translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
+        start = time.perf_counter()
+        given = None if prefixes is None else text_lines(prefixes)
+        for window in translator.windows(text_lines(source), given, first=done + 1):
+            if arguments.format == "text":
+                target.write([translation.text for translation in window])
+            else:
+                first = target.lines + 1
+                target.write([_as_json(first + index, translation) for index, translation in enumerate(window)])
+    log_rate(translator, time.perf_counter() - start)
     return 0
 
 
-def _opened(arguments: Arguments, stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    """Input and output, before anything is loaded. Raises InputError naming the file that cannot be opened."""
-    source, target = sys.stdin.buffer, sys.stdout.buffer
-    try:
-        if arguments.input is not None:
-            source = stack.enter_context(arguments.input.open("rb"))
-        if arguments.output is not None:
-            target = stack.enter_context(arguments.output.open("xb"))
-    except FileExistsError as error:
-        raise InputError(f"{arguments.output}: exists already: remove it or name another --output") from error
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be opened: {error.strerror}") from error
-    return source, target
-
-
-def _lines(file: IO[bytes]) -> Iterator[str]:
-    """Lines end at a newline and nowhere else; bytes that are not UTF-8 become U+FFFD."""
-    for line in file:
-        yield line.removesuffix(b"\n").decode("utf-8", errors="replace")
+def _as_json(line: int, translation: Translation) -> str:
+    hypotheses = [
+        {"text": one.text, "score": one.score, "log_prob": one.log_prob, "tokens": one.tokens}
+        for one in translation.hypotheses
+    ]
+    return json_line({"line": line, "translations": hypotheses})

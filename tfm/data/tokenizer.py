@@ -91,6 +91,14 @@ class Tokenizer:
         rows = [[int(token) for token in row] for row in ids]
         return [single_line(text) for text in self._processor.decode(rows, num_threads=os.cpu_count() or 1)]
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The pieces that ids stand for, as the model spells them: `▁` begins a word, `<0xC3>` is a byte."""
+        return [self._processor.id_to_piece(int(token)) for token in ids]
+
+    def ids(self, pieces: Sequence[str]) -> list[int]:
+        """Ids of pieces; UNK where one isn't in the vocabulary."""
+        return [self._processor.piece_to_id(piece) for piece in pieces]
+
     def tag_id(self, tag: str) -> int:
         """Id of a source tag such as <2de>. Raises InputError where the tokenizer doesn't know it."""
         token = self._processor.piece_to_id(tag)

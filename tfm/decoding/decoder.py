@@ -1,14 +1,16 @@
-"""The compiled, sharded decode of one batch of token ids.
+"""The compiled, sharded decode of one batch of token ids: search, sampling, and the scores of given translations.
 
 A batch has one of few shapes, which its bucket alone decides, so that neither the batch-mates of a sentence nor their
-number can change its translation, and each shape is compiled once.
+number can change its translation, and each shape is compiled once. The devices split a batch and then work alone: no
+search waits for another device, unless heads and vocabulary are split over `tensor`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,120 +22,231 @@ from tfm import sharding
 from tfm.config import ConfigError, DecodingConfig
 from tfm.data.tokenizer import BOS, EOS, PAD
 from tfm.decoding import search
-from tfm.model.transformer import Transformer, abstract_parameters, decode_step, start_decoding, unstack
+from tfm.decoding.vocabulary import log_normaliser, maxima
+from tfm.model import transformer
+from tfm.model.transformer import Transformer, abstract_parameters
 
 _log = logging.getLogger(__name__)
 
 _SHORTEST_BUCKET = 16
+# Positions beyond the source's that the first, short cache has room for; few translations need the long one.
+_USUAL_EXTRA = 8
+# Target positions whose logits are there at once while given translations are scored.
+_SCORED_AT_ONCE = 1024
 
 
 class Bucket(NamedTuple):
-    """The one shape in which sentences of up to `source_length` tokens, end included, are decoded."""
+    """The one shape in which sentences of up to `length` tokens, end included, are decoded."""
 
     rows: int
-    source_length: int
+    length: int
+
+
+class Rows(NamedTuple):
+    """A batch of sentences, one a row; a row of padding alone fills the batch up."""
+
+    source_BS: Any  # int32, each sentence ending in EOS
+    prefix_BT: Any = None  # int32, or None; what each translation begins with, and -1 behind that
+    number_B: Any = None  # uint32, or None; makes what is drawn for one sentence differ from what is for another
+    target_BT: Any = None  # int32, or None; given translations, each ending in EOS
 
 
 class Decoder:
-    """Translates batches of token ids with given parameters.
+    """Translates batches of token ids with given parameters, of one model or of several together.
 
     Args:
-      model: whose parameters these are.
+      models: whose parameters these are.
       mesh: the batch is split over (data, fsdp), heads and vocabulary over tensor.
       config: shapes and search.
       banned: ids that are never generated.
 
     Raises:
-      ConfigError: a search that isn't there.
+      ConfigError: a beam of more hypotheses than there are tokens.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, config: DecodingConfig, banned: Sequence[int]):
-        if config.beam_size != 1:
-            raise ConfigError(f"decoding.beam_size={config.beam_size}: only greedy search, 1, is there yet")
-        self.model, self.mesh, self.config = model, mesh, config
-        self.buckets = _ladder(config, sharding.batch_shards(mesh))
-        self.compile_seconds: dict[Bucket, float] = {}
-        self._compiled: dict[Bucket, Any] = {}
+    def __init__(self, models: Sequence[Transformer], mesh: Mesh, config: DecodingConfig, banned: Sequence[int]):
+        self.models, self.mesh, self.config = tuple(models), mesh, config
+        vocab_size = self.models[0].vocab_size
+        if not config.sampling and config.beam_size > vocab_size - len(banned):
+            raise ConfigError(
+                f"decoding.beam_size={config.beam_size} is more than the {vocab_size - len(banned)} tokens that can be "
+                "generated: lower it"
+            )
+        shards = sharding.batch_shards(mesh)
+        self.buckets = _ladder(config, config.max_source_length, shards)
+        self.score_buckets = _ladder(config, config.max_source_length + config.max_extra_tokens, shards)
+        self.compile_seconds: dict[tuple[str, Bucket], float] = {}
+        self._compiled: dict[Any, Any] = {}
         self._parameters: Any = None
-        table = abstract_parameters(model)["target_embedding"]["table"].unbox()
-        forbidden_V = np.arange(table.shape[0]) >= model.vocab_size
+        boxed = [abstract_parameters(model) for model in self.models]
+        forbidden_V = np.arange(boxed[0]["target_embedding"]["table"].unbox().shape[0]) >= vocab_size
         forbidden_V[list(banned)] = True
         self._bias_V = np.where(forbidden_V, -np.inf, 0.0).astype(np.float32)
-        axes = sharding.logical_axes(unstack_axes(abstract_parameters(model)))
-        self._shardings = sharding.decode_shardings(mesh, axes)
+        axes = [sharding.logical_axes(transformer.unstack_axes(tree)) for tree in boxed]
+        self._shardings = tuple(sharding.decode_shardings(mesh, tree) for tree in axes)
         self._lay_out = jax.jit(self._laid_out, out_shardings=self._shardings)
 
-    def set_parameters(self, parameters: Any) -> None:
-        """Takes over the parameters of training: cut into layers, in the compute dtype, laid out for decoding."""
+    def set_parameters(self, *parameters: Any) -> None:
+        """Takes over the parameters of training, of each model: cut into layers, in the compute dtype, laid out."""
         self._parameters = self._lay_out(parameters)
 
-    def _laid_out(self, parameters: Any) -> Any:
-        def cast(path: Any, leaf: jax.Array) -> jax.Array:
+    def _laid_out(self, parameters: tuple[Any, ...]) -> tuple[Any, ...]:
+        def cast(dtype: jnp.dtype, path: Any, leaf: jax.Array) -> jax.Array:
             in_norm = any(getattr(key, "key", None) == "norm" for key in path)
-            return leaf if in_norm else leaf.astype(self.model.dtype)
+            return leaf if in_norm else leaf.astype(dtype)
 
-        return jax.tree_util.tree_map_with_path(cast, unstack(parameters))
+        return tuple(
+            jax.tree_util.tree_map_with_path(functools.partial(cast, model.dtype), transformer.unstack(tree))
+            for model, tree in zip(self.models, parameters, strict=True)
+        )
 
-    def bucket_of(self, length: int) -> Bucket:
-        """The bucket of a sentence, by its own length alone. ValueError when none is long enough."""
-        for bucket in self.buckets:
-            if length <= bucket.source_length:
-                return bucket
-        raise ValueError(f"{length} source tokens, and the longest bucket has {self.buckets[-1].source_length}")
+    def decode(
+        self,
+        bucket: Bucket,
+        sentences: Sequence[Sequence[int]],
+        prefixes: Sequence[Sequence[int]] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> search.Hypotheses:
+        """Starts to translate up to `bucket.rows` sentences, each ending in EOS; the result is still on the device.
 
-    def decode(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> search.Hypotheses:
-        """Starts to translate up to `bucket.rows` sentences, each ending in EOS; the result is still on the device."""
-        tokens_BS = np.full(bucket, PAD, np.int32)
-        for row, sentence in enumerate(sentences):
-            tokens_BS[row, : len(sentence)] = sentence
-        compiled = self._compiled.get(bucket) or self._compile(bucket)
-        return compiled(self._parameters, jax.device_put(tokens_BS, sharding.batch_sharding(self.mesh)))
+        Args:
+          bucket: the shape.
+          sentences: token ids.
+          prefixes: tokens that each translation begins with; none when None.
+          numbers: with sampling, what makes the draws of one sentence differ from those of another, below 2**32.
+        """
+        rows = Rows(_filled(bucket, sentences, PAD))
+        if prefixes is not None:
+            length = max(bucket.length + self.config.max_extra_tokens, *map(len, prefixes))
+            rows = rows._replace(prefix_BT=_filled((bucket.rows, length), prefixes, -1))
+        if self.config.sampling:
+            number_B = np.zeros(bucket.rows, np.uint32)
+            number_B[: len(sentences)] = range(len(sentences)) if numbers is None else numbers
+            rows = rows._replace(number_B=number_B)
+        return self._run(self._search, "search", bucket, rows)
 
-    def _compile(self, bucket: Bucket) -> Any:
-        start = time.perf_counter()
+    def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
+        """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""
+        rows = Rows(_filled(bucket, sources, PAD), target_BT=_filled(bucket, targets, PAD))
+        return self._run(self._score, "score", bucket, rows)
+
+    def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
         where = sharding.batch_sharding(self.mesh)
-        tokens_BS = jax.ShapeDtypeStruct(bucket, jnp.int32, sharding=where)
-        function = jax.jit(self._search, in_shardings=(self._shardings, where), out_shardings=where)
-        with jax.set_mesh(self.mesh):
-            compiled = function.lower(self._parameters, tokens_BS).compile()
-        self._compiled[bucket] = compiled
-        self.compile_seconds[bucket] = time.perf_counter() - start
-        return compiled
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), rows)
+        key = (name, *jax.tree.leaves(jax.tree.map(lambda x: x.shape, shapes)), rows.prefix_BT is None)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            program = jax.jit(sharding.per_device(function, self.mesh), in_shardings=(self._shardings, where))
+            with jax.set_mesh(self.mesh):
+                self._compiled[key] = program.lower(self._parameters, shapes).compile()
+            seconds = time.perf_counter() - start
+            self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + seconds
+        return self._compiled[key](self._parameters, jax.device_put(rows, where))
 
-    def _search(self, parameters: Any, tokens_BS: jax.Array) -> search.Hypotheses:
-        length = tokens_BS.shape[1] + self.config.max_extra_tokens
-        mask_BS = tokens_BS != PAD
+    def _search(self, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
+        """The whole search for the rows that one device has."""
+        c = self.config
+        mask_BS = rows.source_BS != PAD
         sizes_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
-        # The end symbol is no part of what the limit counts, and a row that only pads the batch has nothing to say.
-        limits_B = jnp.where(sizes_B > 0, sizes_B - 1 + self.config.max_extra_tokens, 0)
-        cache = start_decoding(self.model, parameters, tokens_BS, mask_BS, beams=1, length=length)
+        # The end symbol is no part of what the limit counts, and a row that only fills the batch has nothing to say.
+        most_B = jnp.where(sizes_B > 0, sizes_B - 1 + c.max_extra_tokens, 0)
+        longest = rows.source_BS.shape[1] + c.max_extra_tokens
+        if rows.prefix_BT is not None:
+            most_B = jnp.maximum(most_B, jnp.sum(rows.prefix_BT >= 0, axis=1, dtype=jnp.int32))
+            longest = max(longest, rows.prefix_BT.shape[1] + 1)
+        usual = rows.source_BS.shape[1] + _USUAL_EXTRA
+        lengths = (usual, longest) if usual <= 0.75 * longest else (longest,)
+        beams = c.n_best if c.sampling else c.beam_size
+        limits = search.Limits(jnp.minimum(c.min_length, most_B), most_B, rows.prefix_BT)
+        start = tuple(
+            transformer.start_decoding(model, tree, rows.source_BS, mask_BS, beams=beams, length=lengths[0])
+            for model, tree in zip(self.models, parameters, strict=True)
+        )
+        cache = search.Cache(start, lengths, _each(transformer.grow_cache), _each(transformer.reorder_beams))
+        step = functools.partial(self._step, parameters)
+        if c.sampling:
+            keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(c.sampling_seed), number))(rows.number_B)
+            return search.sample(
+                *(step, cache, limits, keys_B),
+                samples=c.n_best,
+                temperature=c.sampling_temperature,
+                top_k=c.sampling_top_k,
+                top_p=c.sampling_top_p,
+                bos=BOS,
+                eos=EOS,
+            )
+        if beams == 1:
+            return search.greedy(step, cache, limits, bos=BOS, eos=EOS)
+        return search.beam(
+            *(step, cache, limits), beams=beams, n_best=c.n_best, alpha=c.length_penalty, bos=BOS, eos=EOS
+        )
 
-        def step(tokens_BW: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-            logits_BWV, cache = decode_step(self.model, parameters, tokens_BW, cache)
-            return logits_BWV + self._bias_V[None, None], cache
+    def _step(self, parameters: tuple[Any, ...], tokens_BW: jax.Array, caches: tuple[Any, ...]) -> tuple[Any, Any]:
+        """One step of all models: logits [B, W, V] and the caches."""
+        results = [
+            transformer.decode_step(model, tree, tokens_BW, cache)
+            for model, tree, cache in zip(self.models, parameters, caches, strict=True)
+        ]
+        return self._together([logits_BWV for logits_BWV, _ in results]), tuple(cache for _, cache in results)
 
-        start_B = jnp.full(tokens_BS.shape[:1], BOS, jnp.int32)
-        return search.greedy(step, cache, start_B, limits_B, length=length, eos=EOS)
+    def _together(self, logits: Sequence[jax.Array]) -> jax.Array:
+        """Logits of all models as one, without what is banned."""
+        bias_V = jnp.asarray(self._bias_V).reshape((1,) * (logits[0].ndim - 1) + (-1,))
+        if len(logits) == 1:
+            return logits[0] + bias_V
+        log_probs = jnp.stack([jax.nn.log_softmax(part + bias_V, axis=-1) for part in logits])
+        if self.config.ensemble_mean == "probs":
+            return jax.nn.logsumexp(log_probs, axis=0)
+        return jnp.mean(log_probs, axis=0)
+
+    def _score(self, parameters: tuple[Any, ...], rows: Rows) -> jax.Array:
+        """Log-probabilities [B, T] for the rows that one device has."""
+        target_BT, mask_BS = rows.target_BT, rows.source_BS != PAD
+        inputs_BT = jnp.pad(target_BT, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
+        outputs = [
+            transformer.decode_forced(model, tree, rows.source_BS, mask_BS, inputs_BT)
+            for model, tree in zip(self.models, parameters, strict=True)
+        ]
+
+        def row(outputs_TD: tuple[jax.Array, ...], target_T: jax.Array) -> jax.Array:
+            parts = zip(self.models, parameters, outputs_TD, strict=True)
+            logits = [transformer.project(model, tree, x_TD[None]) for model, tree, x_TD in parts]
+            logits_1TV = self._together(logits)
+            chosen_1T = jnp.take_along_axis(logits_1TV, target_T[None, :, None], axis=-1)[..., 0]
+            return (chosen_1T - log_normaliser(logits_1TV, maxima(logits_1TV, leave_out=EOS), EOS))[0]
+
+        # The logits of all positions at once may be more than there is room for.
+        at_once = max(1, _SCORED_AT_ONCE // target_BT.shape[1])
+        log_probs_BT = jax.lax.map(lambda args: row(*args), (tuple(outputs), target_BT), batch_size=at_once)
+        return jnp.where(target_BT == PAD, 0.0, log_probs_BT)
 
 
-def unstack_axes(boxed: Any) -> Any:
-    """`unstack` of an abstract tree of boxed parameters: each layer's boxes without the name of the stack."""
-
-    def cut(stack: Any) -> Any:
-        is_box = dict(is_leaf=lambda x: hasattr(x, "names"))
-        layer = jax.tree.map(lambda box: box.replace(names=box.names[1:]), stack["layers"], **is_box)
-        depth = jax.tree.leaves(stack["layers"])[0].shape[0]
-        return {**stack, "layers": [layer] * depth}
-
-    return {**boxed, "encoder": cut(boxed["encoder"]), "decoder": cut(boxed["decoder"])}
+def _each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one model's cache as one of all models' caches."""
+    return lambda caches, *args: tuple(function(cache, *args) for cache in caches)
 
 
-def _ladder(config: DecodingConfig, shards: int) -> list[Bucket]:
-    """Powers of two up to the longest source, each with as many rows as the token budget has room for."""
+def _filled(shape: tuple[int, int], sequences: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    filled = np.full(shape, value, np.int32)
+    for row, sequence in enumerate(sequences):
+        filled[row, : len(sequence)] = sequence
+    return filled
+
+
+def bucket_of(buckets: Sequence[Bucket], length: int) -> Bucket:
+    """The bucket of a sentence, by its own length alone. ValueError when none is long enough."""
+    for bucket in buckets:
+        if length <= bucket.length:
+            return bucket
+    raise ValueError(f"{length} tokens, and the longest bucket has {buckets[-1].length}")
+
+
+def _ladder(config: DecodingConfig, longest: int, shards: int) -> list[Bucket]:
+    """Powers of two up to the longest sentence, each with as many rows as the token budget has room for."""
     lengths = []
     length = _SHORTEST_BUCKET
-    while length < config.max_source_length:
+    while length < longest:
         lengths.append(length)
         length *= 2
-    lengths.append(config.max_source_length)
+    lengths.append(longest)
     return [Bucket(max(1, config.tokens_per_batch // n // shards) * shards, n) for n in lengths]

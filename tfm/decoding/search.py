@@ -1,90 +1,358 @@
-"""Search over `step_fn(tokens, cache) -> (logits, cache)`: it knows no model, and is tested on tables of numbers."""
+"""Search over `step_fn(tokens, cache) -> (logits, cache)`: it knows no model, and is tested on tables of numbers.
+
+Every hypothesis ends in the end symbol, which is forced on it where it has as many tokens as it may have, so that its
+log-probability is that of a whole translation, however it came to its end.
+
+Dimension R: complete hypotheses that are kept.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tfm.decoding.vocabulary import best_tokens, log_normaliser, maxima, truncated
+
 StepFunction = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class Hypotheses(NamedTuple):
-    """The result of a search: W translations of each of B sentences, the best first."""
+    """The result of a search: W translations of each of B sentences, the best first; log-probability -inf is none."""
 
-    tokens_BWT: jax.Array  # int32; the end symbol, where there is one, and what follows it are `eos`
+    tokens_BWT: jax.Array  # int32; the end symbol and what follows it are `eos`
     lengths_BW: jax.Array  # int32; tokens before the end symbol
-    log_probs_BW: jax.Array  # float32; log-probability of the tokens and, where it was reached, the end symbol
+    log_probs_BW: jax.Array  # float32; log-probability of the tokens and the end symbol
 
 
-class _GreedyState(NamedTuple):
-    """What a greedy search carries from token to token."""
+class Limits(NamedTuple):
+    """What a search must keep to, a sentence."""
+
+    least_B: jax.Array  # int32; tokens that a hypothesis has at least, the end symbol not counted
+    most_B: jax.Array  # int32; and at most
+    prefix_BT: jax.Array | None = None  # int32; tokens that every hypothesis begins with; -1 where it is free
+
+
+def _as_it_is(cache: Any, _: Any) -> Any:
+    return cache
+
+
+class Cache(NamedTuple):
+    """What the step function remembers, and the two things that a search asks of it; it never looks inside."""
+
+    start: Any  # of no token yet, with room for `lengths[0]` positions
+    lengths: tuple[int, ...]  # positions, growing; the last has room for the longest hypothesis and its end symbol
+    grow: Callable[[Any, int], Any] = _as_it_is  # the cache with room for so many positions
+    reorder: Callable[[Any, jax.Array], Any] = _as_it_is  # the cache of new beams, given the parents [B, W] of each
+
+
+def length_penalty(length: jax.Array | float, alpha: float) -> jax.Array:
+    """((5 + length) / 6) ** alpha, the divisor of a log-probability: Wu et al. (2016), equation 14; the end counts."""
+    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+
+# Greedy search and sampling -------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """What walks of one token after another carry along."""
 
     position: jax.Array  # int32 []; tokens written so far
-    tokens_BT: jax.Array  # what was written
-    last_B: jax.Array  # the newest token of each sentence: the next step's input
-    finished_B: jax.Array  # has the end symbol been written, or the limit been reached?
-    log_probs_B: jax.Array
+    tokens_TBW: jax.Array  # what was written
+    last_BW: jax.Array  # the newest token of each walk: the next step's input
+    finished_BW: jax.Array  # has the end symbol been written?
+    log_probs_BW: jax.Array
     cache: Any
 
 
-def greedy(
-    step_fn: StepFunction, cache: Any, start_B: jax.Array, limits_B: jax.Array, *, length: int, eos: int
-) -> Hypotheses:
-    """The likeliest token at each step, until the end symbol.
+def greedy(step_fn: StepFunction, cache: Cache, limits: Limits, *, bos: int, eos: int) -> Hypotheses:
+    """The likeliest token at each step, until the end symbol; the first of equals.
 
     Args:
       step_fn: tokens [B, 1] and the cache to logits [B, 1, V] of the next token and the cache. A token that must not be
         generated has -inf.
-      cache: of the step function, for no token yet.
-      start_B: the token that every search starts from.
-      limits_B: most tokens that a sentence may have, the end symbol not counted; at most `length`.
-      length: size T of the result.
+      cache: of the step function.
+      limits: of each sentence.
+      bos: the token that every walk starts from.
       eos: id of the end symbol.
     """
-    batch = start_B.shape[0]
 
-    def unfinished(state: _GreedyState) -> jax.Array:
-        return (state.position < length) & ~jnp.all(state.finished_B)
+    def choose(logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B: jax.Array, _: jax.Array) -> jax.Array:
+        best_B1, _, tokens_B1 = best_tokens(logits_BWV, maxima_BWN, jnp.zeros(logits_BWV.shape[:2]), 1, leave_out=eos)
+        end_B1 = logits_BWV[..., eos]
+        ends_B1 = (end_B1 > best_B1) | ((end_B1 == best_B1) & (eos < tokens_B1))
+        return jnp.where(ends_B1 & may_end_B[:, None], eos, tokens_B1)
 
-    def step(state: _GreedyState) -> _GreedyState:
-        logits_B1V, cache = step_fn(state.last_B[:, None], state.cache)
-        token_B, log_prob_B = _best(logits_B1V[:, 0], eos)
-        token_B = jnp.where(state.finished_B, eos, token_B)
-        log_probs_B = state.log_probs_B + jnp.where(state.finished_B, 0.0, log_prob_B)
-        position = state.position + 1
-        return _GreedyState(
-            position,
-            jax.lax.dynamic_update_slice_in_dim(state.tokens_BT, token_B[:, None], state.position, axis=1),
-            token_B,
-            state.finished_B | (token_B == eos) | (position >= limits_B),
-            log_probs_B,
-            cache,
+    return _walk(step_fn, cache, limits, choose, walks=1, bos=bos, eos=eos)
+
+
+def sample(
+    step_fn: StepFunction,
+    cache: Cache,
+    limits: Limits,
+    keys_B: jax.Array,
+    *,
+    samples: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    bos: int,
+    eos: int,
+) -> Hypotheses:
+    """`samples` translations a sentence, each token drawn from the model's distribution; the likeliest first.
+
+    Args:
+      step_fn, cache, limits, bos, eos: as for `greedy`, with `samples` in the place of beams.
+      keys_B: random keys of the sentences (`jax.random.key`); nothing else makes two sentences differ.
+      samples: W of the result.
+      temperature: logits are divided by it.
+      top_k: only so many of the likeliest tokens can be drawn; 0 is all.
+      top_p: only the likeliest tokens that have together at least this probability can be drawn; 1 is all.
+    """
+
+    def choose(logits_BWV: jax.Array, _: jax.Array, may_end_B: jax.Array, position: jax.Array) -> jax.Array:
+        is_end_11V = jnp.arange(logits_BWV.shape[-1])[None, None] == eos
+        logits_BWV = jnp.where(is_end_11V & ~may_end_B[:, None, None], -jnp.inf, logits_BWV)
+
+        def noise(key: jax.Array, number: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(key, number), position)
+            return jax.random.gumbel(key, logits_BWV.shape[-1:])
+
+        # The largest of logits with Gumbel noise is a draw from their softmax.
+        noise_BWV = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))(keys_B, jnp.arange(samples))
+        noisy_BWV = truncated(logits_BWV / temperature, top_k, top_p) + noise_BWV
+        return jnp.argmax(noisy_BWV, axis=-1).astype(jnp.int32)
+
+    found = _walk(step_fn, cache, limits, choose, walks=samples, bos=bos, eos=eos)
+    order_BW = jnp.argsort(-found.log_probs_BW, axis=1)
+    return jax.tree.map(
+        lambda x: jnp.take_along_axis(x, order_BW.reshape(order_BW.shape + (1,) * (x.ndim - 2)), axis=1), found
+    )
+
+
+def _walk(
+    step_fn: StepFunction,
+    cache: Cache,
+    limits: Limits,
+    choose: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    *,
+    walks: int,
+    bos: int,
+    eos: int,
+) -> Hypotheses:
+    """Walks until the end symbol, each going on with the token [B, W] that `choose` picks.
+
+    `choose` is given the logits [B, W, V], their `maxima`, whether sentences may end here [B], and the position.
+    """
+    batch, length = limits.most_B.shape[0], cache.lengths[-1]
+
+    def step(state: _Walk) -> _Walk:
+        position = state.position
+        logits_BWV, inner = step_fn(state.last_BW, state.cache)
+        maxima_BWN = maxima(logits_BWV, leave_out=eos)
+        tokens_BW = choose(logits_BWV, maxima_BWN, position >= limits.least_B, position)
+        if limits.prefix_BT is not None:
+            forced_B1 = _prefix_at(position, limits)[:, None]
+            tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
+        tokens_BW = jnp.where(position >= limits.most_B[:, None], eos, tokens_BW)
+        chosen_BW = jnp.take_along_axis(logits_BWV, tokens_BW[..., None], axis=-1)[..., 0]
+        log_probs_BW = chosen_BW - log_normaliser(logits_BWV, maxima_BWN, eos)
+        # Not a number: the walk ends, rather than go on to its limit without knowing where.
+        tokens_BW = jnp.where(state.finished_BW | jnp.isnan(log_probs_BW), eos, tokens_BW)
+        return _Walk(
+            position + 1,
+            jax.lax.dynamic_update_index_in_dim(state.tokens_TBW, tokens_BW, position, axis=0),
+            tokens_BW,
+            state.finished_BW | (tokens_BW == eos),
+            state.log_probs_BW + jnp.where(state.finished_BW, 0.0, log_probs_BW),
+            inner,
         )
 
-    start = _GreedyState(
+    def ended(state: _Walk) -> jax.Array:
+        return jnp.all(state.finished_BW)
+
+    start = _Walk(
         jnp.zeros((), jnp.int32),
-        jnp.full((batch, length), eos, jnp.int32),
-        start_B.astype(jnp.int32),
-        limits_B <= 0,
-        jnp.zeros((batch,), jnp.float32),
-        cache,
+        jnp.full((length, batch, walks), eos, jnp.int32),
+        jnp.full((batch, walks), bos, jnp.int32),
+        jnp.zeros((batch, walks), bool),
+        jnp.zeros((batch, walks)),
+        cache.start,
     )
-    end = jax.lax.while_loop(unfinished, step, start)
-    lengths_B = jnp.sum(jnp.cumprod((end.tokens_BT != eos).astype(jnp.int32), axis=1), axis=1)
-    return Hypotheses(end.tokens_BT[:, None], lengths_B[:, None], end.log_probs_B[:, None])
+    end = _run(step, ended, start, cache)
+    tokens_BWT = end.tokens_TBW.transpose(1, 2, 0)
+    lengths_BW = jnp.sum(jnp.cumprod((tokens_BWT != eos).astype(jnp.int32), axis=2), axis=2)
+    return Hypotheses(tokens_BWT, lengths_BW, end.log_probs_BW)
 
 
-def _best(logits_BV: jax.Array, eos: int) -> tuple[jax.Array, jax.Array]:
-    """The likeliest token of each row, the first of equals, and its log-probability.
+# Beam search ----------------------------------------------------------------------------------------------------------
 
-    Two plain reductions: on a CPU they cost a small part of what `argmax`, which carries pairs along, does.
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Beams:
+    """What a beam search carries from token to token.
+
+    Hypotheses are links: a beam holds its newest token and the beam that it grew from, so that nothing written is ever
+    moved, and the tokens are read backwards along the links once, at the end.
     """
-    best_B = jnp.max(logits_BV, axis=-1)
-    ids_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)[None]
-    token_B = jnp.min(jnp.where(logits_BV == best_B[:, None], ids_V, logits_BV.shape[-1]), axis=-1)
-    log_prob_B = -jnp.log(jnp.sum(jnp.exp(logits_BV - best_B[:, None]), axis=-1))
-    # A row of NaN equals nothing: end it, rather than look up a token that isn't there.
-    return jnp.where(token_B < logits_BV.shape[-1], token_B, eos), log_prob_B
+
+    position: jax.Array  # int32 []; tokens that every living beam has
+    log_probs_BW: jax.Array  # of the living beams, the likeliest first; -inf for a beam that is none
+    last_BW: jax.Array  # their newest token: the next step's input
+    tokens_TBW: jax.Array  # the token that each beam wrote at each position
+    parents_TBW: jax.Array  # and the beam, of the position before, that it went on from
+    scores_BR: jax.Array  # of the complete hypotheses, the best first; -inf where there is none yet
+    found_BR: _Found
+    done_B: jax.Array  # can no living beam become one of the complete hypotheses any more?
+    cache: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Complete hypotheses, in the order of their scores."""
+
+    log_probs: jax.Array  # float32, the end symbol counted
+    lengths: jax.Array  # int32, the end symbol not counted
+    beams: jax.Array  # int32; the beam that the end symbol follows on
+
+
+def beam(
+    step_fn: StepFunction,
+    cache: Cache,
+    limits: Limits,
+    *,
+    beams: int,
+    n_best: int,
+    alpha: float,
+    bos: int,
+    eos: int,
+) -> Hypotheses:
+    """Beam search for the hypotheses of the highest log-probability / `length_penalty`.
+
+    At each step, the end symbol is tried after every living beam, and the `beams` likeliest of all other continuations
+    live on. A sentence is done when no living beam could beat the `n_best` complete ones, were all its further tokens
+    certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
+
+    Args:
+      step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache. A token that must not be
+        generated has -inf.
+      cache: of the step function.
+      limits: of each sentence.
+      beams: living hypotheses W a sentence.
+      n_best: complete hypotheses R that are kept, the result's W.
+      alpha: of the length penalty; 0 is none.
+      bos, eos: as for `greedy`.
+    """
+    batch, length = limits.most_B.shape[0], cache.lengths[-1]
+    longest_penalty_B = length_penalty(limits.most_B + 1, alpha)
+
+    def step(state: _Beams) -> _Beams:
+        position = state.position
+        logits_BWV, inner = step_fn(state.last_BW, state.cache)
+        maxima_BWN = maxima(logits_BWV, leave_out=eos)
+        base_BW = state.log_probs_BW - log_normaliser(logits_BWV, maxima_BWN, eos)
+
+        ended_BW = jnp.where((position >= limits.least_B)[:, None], base_BW + logits_BWV[..., eos], -jnp.inf)
+        if limits.prefix_BT is not None:
+            ended_BW = jnp.where(_prefix_at(position, limits)[:, None] >= 0, -jnp.inf, ended_BW)
+        scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
+
+        log_probs_BW, parents_BW, tokens_BW = best_tokens(logits_BWV, maxima_BWN, base_BW, beams, leave_out=eos)
+        if limits.prefix_BT is not None:
+            forced_B1 = _prefix_at(position, limits)[:, None]
+            forced_log_prob_B1 = base_BW[:, :1] + jnp.take_along_axis(logits_BWV[:, 0], forced_B1.clip(0), axis=1)
+            first_1W = (jnp.arange(beams) == 0)[None]
+            log_probs_BW = jnp.where(forced_B1 < 0, log_probs_BW, jnp.where(first_1W, forced_log_prob_B1, -jnp.inf))
+            parents_BW = jnp.where(forced_B1 < 0, parents_BW, 0)
+            tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
+        log_probs_BW = _no_nan(jnp.where((position < limits.most_B)[:, None], log_probs_BW, -jnp.inf))
+
+        reach_B = jnp.max(log_probs_BW, axis=1) / longest_penalty_B
+        return _Beams(
+            position + 1,
+            log_probs_BW,
+            tokens_BW,
+            jax.lax.dynamic_update_index_in_dim(state.tokens_TBW, tokens_BW, position, axis=0),
+            jax.lax.dynamic_update_index_in_dim(state.parents_TBW, parents_BW, position, axis=0),
+            scores_BR,
+            found_BR,
+            scores_BR[:, -1] >= reach_B,
+            cache.reorder(inner, parents_BW),
+        )
+
+    start = _Beams(
+        jnp.zeros((), jnp.int32),
+        jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)[None].repeat(batch, axis=0),
+        jnp.full((batch, beams), bos, jnp.int32),
+        jnp.zeros((length, batch, beams), jnp.int32),
+        jnp.zeros((length, batch, beams), jnp.int32),
+        jnp.full((batch, n_best), -jnp.inf),
+        _Found(
+            jnp.full((batch, n_best), -jnp.inf),
+            jnp.zeros((batch, n_best), jnp.int32),
+            jnp.zeros((batch, n_best), jnp.int32),
+        ),
+        jnp.zeros((batch,), bool),
+        cache.start,
+    )
+    end = _run(step, lambda state: jnp.all(state.done_B), start, cache)
+    tokens_BRT = _read_back(end, eos)
+    return Hypotheses(tokens_BRT, end.found_BR.lengths, end.found_BR.log_probs)
+
+
+def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Array, _Found]:
+    """The best of the complete hypotheses and of the living beams with the end symbol; of equals, the older one."""
+    beams = ended_BW.shape[1]
+    new = _Found(
+        ended_BW,
+        jnp.broadcast_to(state.position, ended_BW.shape),
+        jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), ended_BW.shape),
+    )
+    scores = jnp.concatenate([state.scores_BR, ended_BW / length_penalty(state.position + 1, alpha)], axis=1)
+    scores_BR, chosen_BR = jax.lax.top_k(scores, state.scores_BR.shape[1])
+    both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.found_BR, new)
+    return scores_BR, jax.tree.map(lambda x: jnp.take_along_axis(x, chosen_BR, axis=1), both)
+
+
+def _read_back(end: _Beams, eos: int) -> jax.Array:
+    """The tokens [B, R, T] of the complete hypotheses, along the links from their last to their first."""
+    length = end.tokens_TBW.shape[0]
+
+    def back(beams_BR: jax.Array, at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        position, tokens_BW, parents_BW = at
+        inside_BR = position < end.found_BR.lengths
+        tokens_BR = jnp.where(inside_BR, jnp.take_along_axis(tokens_BW, beams_BR, axis=1), eos)
+        return jnp.where(inside_BR, jnp.take_along_axis(parents_BW, beams_BR, axis=1), beams_BR), tokens_BR
+
+    links = (jnp.arange(length), end.tokens_TBW, end.parents_TBW)
+    return jax.lax.scan(back, end.found_BR.beams, links, reverse=True)[1].transpose(1, 2, 0)
+
+
+# Of all searches ------------------------------------------------------------------------------------------------------
+
+
+def _run(step: Callable[[Any], Any], ended: Callable[[Any], jax.Array], state: Any, cache: Cache) -> Any:
+    """Steps until all is over. A loop for each length of the cache, since a short one costs less to attend to."""
+    for length in cache.lengths:
+        state = dataclasses.replace(state, cache=cache.grow(state.cache, length))
+        state = jax.lax.while_loop(lambda s, length=length: (s.position < length) & ~ended(s), step, state)
+    return state
+
+
+def _prefix_at(position: jax.Array, limits: Limits) -> jax.Array:
+    """The token [B] that is forced at a position; -1 where it is free."""
+    length = limits.prefix_BT.shape[1]
+    forced_B = jax.lax.dynamic_index_in_dim(limits.prefix_BT, jnp.minimum(position, length - 1), axis=1, keepdims=False)
+    return jnp.where(position < length, forced_B, -1)
+
+
+def _no_nan(log_probs: jax.Array) -> jax.Array:
+    """What a broken model gives is never a hypothesis."""
+    return jnp.where(jnp.isnan(log_probs), -jnp.inf, log_probs)

@@ -1,13 +1,15 @@
-"""Text in, text out: one translation for each line, in the order given."""
+"""Text in, text out: one translation for each line, in the order given, and the scores of given translations."""
 
 from __future__ import annotations
 
 import logging
-import re
+import math
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,159 +19,363 @@ from jax.sharding import Mesh
 
 from tfm import sharding
 from tfm.checkpoint import CheckpointReader, RunDirectory
-from tfm.config import Config, DecodingConfig, InputError
+from tfm.config import Config, DecodingConfig, InputError, MeshConfig
 from tfm.data.tokenizer import EOS, Tokenizer
-from tfm.decoding.decoder import Bucket, Decoder
+from tfm.decoding.cutting import cut
+from tfm.decoding.decoder import Bucket, Decoder, bucket_of
+from tfm.decoding.search import Hypotheses
+from tfm.decoding.windows import Windows
 from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
 
 _log = logging.getLogger(__name__)
 
-# Lines that are sorted into buckets together: enough to fill them, and all that is ever held of an endless stream.
+# Lines that are sorted into buckets together: enough to fill them. No more than three times as many are ever held.
 WINDOW_LINES = 8192
 
-# Chinese and Japanese put no blank after a full stop, but may close a quotation or a bracket.
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」』”’）])\s*")
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One translation of a line."""
+
+    text: str
+    tokens: tuple[str, ...]
+    """The pieces that the text is made of, as the tokenizer spells them, without the end symbol."""
+    log_prob: float
+    """Log-probability of the tokens and the end symbol, in nats; of all parts together where the line was cut."""
+    score: float
+    """log_prob by the length penalty: what a beam search is for."""
 
 
 @dataclass(frozen=True)
 class Translation:
-    """The translation of one line."""
+    """The translations of one line, the best first; there is at least one."""
 
-    text: str
+    hypotheses: tuple[Hypothesis, ...]
+
+    @property
+    def text(self) -> str:
+        return self.hypotheses[0].text
+
+    @property
+    def log_prob(self) -> float:
+        return self.hypotheses[0].log_prob
+
+    @property
+    def score(self) -> float:
+        return self.hypotheses[0].score
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A given translation with its log-probability, in nats: of each token, the end symbol last, and of all together.
+
+    NaN and no tokens where it, or its source, is longer than the model takes.
+    """
+
+    tokens: tuple[str, ...]
+    token_log_probs: tuple[float, ...]
     log_prob: float
-    """Log-probability of the tokens, in nats; of all pieces together where the line was cut."""
+    score: float
+
+
+@dataclass
+class Statistics:
+    """What was translated or scored so far."""
+
+    lines: int = 0
+    sentences: int = 0  # a line that was cut is several
+    source_tokens: int = 0
+    padded_tokens: int = 0  # source tokens, with the padding of the compiled shapes
+    target_tokens: int = 0
+
+    @property
+    def padding(self) -> float:
+        """Share of the source tokens that only fill shapes."""
+        return 1 - self.source_tokens / max(self.padded_tokens, 1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A line, or a part of one that was cut: what is decoded as one sentence."""
+
+    line: int  # index within its window
+    ids: list[int]  # ending in EOS
+    prefix: list[int]
+    number: int  # by which draws differ
+
+
+_Started = tuple[list[int], Hypotheses]  # which pieces of a window, and what is being made of them
 
 
 class Translator:
-    """Translates lines with parameters that can be exchanged.
+    """Translates lines with parameters that can be exchanged, of one model or of several together.
 
     Args:
-      model: the Transformer.
+      models: the Transformers.
       mesh: the devices to decode on.
-      tokenizer: the one that the model was trained with.
+      tokenizer: the one that the models were trained with.
       config: search and shapes.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, tokenizer: Tokenizer, config: DecodingConfig):
+    def __init__(self, models: Sequence[Transformer], mesh: Mesh, tokenizer: Tokenizer, config: DecodingConfig):
         self.tokenizer, self.config = tokenizer, config
-        self.decoder = Decoder(model, mesh, config, tokenizer.banned_ids)
+        self.decoder = Decoder(models, mesh, config, tokenizer.banned_ids)
         self.steps: tuple[int, ...] = ()
         """The checkpoints that the parameters are of, where they come from a run directory."""
+        self.statistics = Statistics()
 
     @classmethod
-    def load(cls, workdir: str | Path, config: Config | None = None, checkpoint: str | int | None = None) -> Translator:
-        """The translator of a run directory.
+    def load(
+        cls,
+        workdir: str | Path,
+        config: Config | None = None,
+        checkpoint: str | int | None = None,
+        ensemble: Sequence[str] = (),
+    ) -> Translator:
+        """The translator of a run directory, on all devices there are.
 
         Args:
           workdir: the run directory.
-          config: the run's config with another mesh or decoding; as the run has it, when None.
+          config: the run's config with another `mesh.tensor` or decoding; as the run has it, when None.
           checkpoint: a step, last, best, last:N or best:N (the mean of N); `decoding.average`, or the best, when None.
+          ensemble: further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, of the same tokenizer.
 
-        Raises InputError where there is no usable run.
+        Raises InputError where there is no usable run, or where one has another tokenizer.
         """
         run = RunDirectory.open(workdir)
         config = (config or run.config).validate()
-        if not run.tokenizer_path.exists():
-            raise InputError(f"{run.tokenizer_path}: is missing: the run directory is not whole")
-        tokenizer = Tokenizer.load(run.tokenizer_path)
-        mesh = sharding.make_mesh(config.mesh)
-        dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
-        model = Transformer(config.model, tokenizer.vocab_size, dtype)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-            sharding.unboxed(abstract_parameters(model)),
-        )
+        tokenizer = _tokenizer(run)
+        # For decoding, fsdp is a second name of data: the batch is split over both, and parameters over neither.
+        mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=config.mesh.tensor))
         which = checkpoint if checkpoint is not None else config.decoding.average
-        restored = CheckpointReader(run).restore_parameters(abstract, which)
-        _log.info("%s: translates with the parameters of step %s", run.path, ", ".join(map(str, restored.steps)))
-        translator = cls(model, mesh, tokenizer, config.decoding)
-        translator.set_parameters(restored.state)
-        translator.steps = restored.steps
+        runs = [(run, config, which)]
+        for member in ensemble:
+            folder, at, name = member.rpartition("@") if "@" in member else (member, "", "")
+            other = RunDirectory.open(folder)
+            if _tokenizer(other).sha256 != tokenizer.sha256:
+                raise InputError(
+                    f"{other.tokenizer_path}: another tokenizer than {run.tokenizer_path}: models that "
+                    "translate together must share one"
+                )
+            runs.append((other, other.config, name if at else other.config.decoding.average))
+        models, parameters, steps = [], [], []
+        for run, its_config, which in runs:
+            dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+            model = Transformer(its_config.model, tokenizer.vocab_size, dtype)
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+                sharding.unboxed(abstract_parameters(model)),
+            )
+            restored = CheckpointReader(run).restore_parameters(abstract, which)
+            _log.info("%s: translates with the parameters of step %s", run.path, ", ".join(map(str, restored.steps)))
+            models.append(model)
+            parameters.append(restored.state)
+            steps.extend(restored.steps)
+        translator = cls(models, mesh, tokenizer, config.decoding)
+        translator.set_parameters(*parameters)
+        translator.steps = tuple(steps)
         return translator
 
-    def set_parameters(self, parameters: Any) -> None:
-        """Parameters as training has them."""
-        self.decoder.set_parameters(parameters)
+    def set_parameters(self, *parameters: Any) -> None:
+        """Parameters as training has them, of each model."""
+        self.decoder.set_parameters(*parameters)
 
-    def translate(self, lines: Iterable[str]) -> list[Translation]:
-        """One translation for each line, in their order; that of an empty or blank line is empty."""
-        return list(self.stream(lines))
+    def translate(self, lines: Iterable[str], prefixes: Iterable[str] | None = None) -> list[Translation]:
+        """One translation for each line, in their order; that of an empty or blank line is empty.
 
-    def stream(self, lines: Iterable[str], window: int | None = None) -> Iterator[Translation]:
-        """As `translate`, for a stream of any length: at most `window` lines (`WINDOW_LINES` when None) are held."""
-        remaining = iter(lines)
-        first = 1
-        while held := list(islice(remaining, window or WINDOW_LINES)):
-            yield from self._translate_window(held, first)
-            first += len(held)
+        Args:
+          lines: of text.
+          prefixes: text that the translation of each line begins with; an empty one leaves it free.
+        """
+        return [translation for window in self.windows(lines, prefixes) for translation in window]
 
-    def _translate_window(self, lines: Sequence[str], first: int) -> list[Translation]:
-        pieces = self._pieces(lines, first)
+    def windows(
+        self, lines: Iterable[str], prefixes: Iterable[str] | None = None, first: int = 1
+    ) -> Iterator[list[Translation]]:
+        """As `translate`, for a stream of any length or speed: translations as soon as there are any, in order.
+
+        What is there is translated at once, up to `WINDOW_LINES`; while the devices work, the next lines are read and
+        tokenized, and the last ones detokenized. `first` is the number of the first line, in messages and for draws.
+        """
+        pairs = ((line, "") for line in lines) if prefixes is None else _together(lines, prefixes)
+        with closing(Windows(pairs, WINDOW_LINES)) as windows:
+            started: tuple[int, list[_Piece], list[_Started]] | None = None
+            while started is not None or not windows.ended:
+                window = windows.take(wait=started is None)
+                following = self._start(window, first, prefixes is not None) if window else None
+                first += len(window)
+                if started is not None:
+                    yield self._finish(*started)
+                started = following
+
+    def _start(
+        self, window: Sequence[tuple[str, str]], first: int, has_prefixes: bool
+    ) -> tuple[int, list[_Piece], list[_Started]]:
+        """Has the devices begin with a window: (number of its lines, its pieces, what was begun)."""
+        pieces = self._pieces(window, first, has_prefixes)
         buckets: dict[Bucket, list[int]] = defaultdict(list)
-        for index, (_, ids) in enumerate(pieces):
-            buckets[self.decoder.bucket_of(len(ids))].append(index)
+        for index, piece in enumerate(pieces):
+            buckets[bucket_of(self.decoder.buckets, len(piece.ids))].append(index)
+        started: list[_Started] = []
+        for bucket, members in sorted(buckets.items()):
+            # Those of one length end together, or nearly so: none waits long for the others of its batch.
+            members.sort(key=lambda index: len(pieces[index].ids))
+            for at in range(0, len(members), bucket.rows):
+                batch = members[at : at + bucket.rows]
+                prefixes = [pieces[i].prefix for i in batch] if has_prefixes else None
+                numbers = [pieces[i].number for i in batch]
+                hypotheses = self.decoder.decode(bucket, [pieces[i].ids for i in batch], prefixes, numbers)
+                started.append((batch, hypotheses))
+                self._count(bucket, [pieces[i].ids for i in batch])
+        return len(window), pieces, started
+
+    def _finish(self, lines: int, pieces: Sequence[_Piece], started: Sequence[_Started]) -> list[Translation]:
+        """Waits for a window."""
+        found: list[list[Hypothesis]] = [[] for _ in pieces]
+        for batch, hypotheses in started:
+            for index, its in zip(batch, self._hypotheses(hypotheses, len(batch)), strict=True):
+                found[index] = its
+        of_lines: list[list[list[Hypothesis]]] = [[] for _ in range(lines)]
+        for piece, hypotheses in zip(pieces, found, strict=True):
+            of_lines[piece.line].append(hypotheses)
+        self.statistics.lines += lines
+        return [Translation(_joined(parts)) for parts in of_lines]
+
+    def _hypotheses(self, hypotheses: Hypotheses, rows: int) -> Iterator[list[Hypothesis]]:
+        """The hypotheses of each row of a batch, as text; the first always, others if there are any."""
+        tokens, lengths, log_probs = (np.asarray(part)[:rows] for part in hypotheses)
+        is_there = np.isfinite(log_probs)
+        is_there[:, 0] = True
+        rows_and_ranks = np.argwhere(is_there)
+        ids = [tokens[row, rank, : lengths[row, rank]].tolist() for row, rank in rows_and_ranks]
+        found: list[list[Hypothesis]] = [[] for _ in range(rows)]
+        for (row, rank), text, its in zip(rows_and_ranks, self.tokenizer.decode(ids), ids, strict=True):
+            log_prob = float(log_probs[row, rank])
+            pieces = tuple(self.tokenizer.pieces(its))
+            found[row].append(Hypothesis(text, pieces, log_prob, log_prob / self._penalty(len(its))))
+        self.statistics.target_tokens += sum(map(len, ids))
+        yield from found
+
+    def _penalty(self, tokens: int) -> float:
+        return ((5 + tokens + 1) / 6) ** self.config.length_penalty
+
+    def _count(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> None:
+        self.statistics.sentences += len(sentences)
+        self.statistics.source_tokens += sum(map(len, sentences))
+        self.statistics.padded_tokens += bucket.rows * bucket.length
+
+    def _pieces(self, window: Sequence[tuple[str, str]], first: int, has_prefixes: bool) -> list[_Piece]:
+        """The pieces of a window; a line is one unless it is too long, and none when it is blank."""
+        prefixes = self.tokenizer.encode([prefix for _, prefix in window]) if has_prefixes else [[]] * len(window)
+        pieces = []
+        room = self.config.max_source_length - 1
+        for index, ids in enumerate(self.tokenizer.encode([line for line, _ in window])):
+            number, prefix = first + index, prefixes[index]
+            parts = [ids] if ids else []
+            if len(ids) > room:
+                parts = list(cut(window[index][0], self.tokenizer, room))
+                _log.warning(
+                    "line %d has %d tokens, more than decoding.max_source_length=%d: translated in %d pieces",
+                    *(number, len(ids), self.config.max_source_length, len(parts)),
+                )
+            if len(prefix) > room + self.config.max_extra_tokens:
+                raise InputError(
+                    f"line {number}: its prefix has {len(prefix)} tokens, more than the {room} of "
+                    f"decoding.max_source_length and the {self.config.max_extra_tokens} of decoding.max_extra_tokens: "
+                    "shorten it, or raise one of them"
+                )
+            for part, part_ids in enumerate(parts):
+                seed = zlib.crc32(f"{number} {part}".encode())
+                pieces.append(_Piece(index, [*part_ids, EOS], prefix if part == 0 else [], seed))
+        return pieces
+
+    def score(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> list[Scored]:
+        """The log-probability of each target as a translation of its source.
+
+        Args:
+          sources: lines of text.
+          targets: lines of text, or the pieces of each, such as `Hypothesis.tokens`, which may be pieces that the
+            tokenizer would not have cut the text into.
+        """
+        return [scored for window in self.score_windows(sources, targets) for scored in window]
+
+    def score_windows(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> Iterator[list[Scored]]:
+        """As `score`, for streams of any length."""
+        with closing(Windows(zip(sources, targets, strict=True), WINDOW_LINES)) as windows:
+            first = 1
+            while not windows.ended:
+                window = windows.take(wait=True)
+                yield self._score_window(window, first)
+                first += len(window)
+
+    def _score_window(self, window: Sequence[tuple[str, str | Sequence[str]]], first: int) -> list[Scored]:
+        sources = [[*ids, EOS] for ids in self.tokenizer.encode([source for source, _ in window])]
+        texts = iter(self.tokenizer.encode([target for _, target in window if isinstance(target, str)]))
+        targets = [
+            [*(next(texts) if isinstance(target, str) else self.tokenizer.ids(target)), EOS] for _, target in window
+        ]
+        scored = [Scored((), (), math.nan, math.nan)] * len(window)
+        buckets: dict[Bucket, list[int]] = defaultdict(list)
+        longest = self.decoder.score_buckets[-1].length
+        for index, pair in enumerate(zip(sources, targets, strict=True)):
+            if (size := max(map(len, pair))) <= longest:
+                buckets[bucket_of(self.decoder.score_buckets, size)].append(index)
+            else:
+                _log.warning(
+                    "line %d has %d tokens on one side, more than %d, and gets no score: raise "
+                    "decoding.max_source_length",
+                    first + index,
+                    size,
+                    longest,
+                )
         started = []
         for bucket, members in sorted(buckets.items()):
             for at in range(0, len(members), bucket.rows):
                 batch = members[at : at + bucket.rows]
-                started.append((batch, self.decoder.decode(bucket, [pieces[i][1] for i in batch])))
-        results: list[tuple[str, float]] = [("", 0.0)] * len(pieces)
-        for batch, hypotheses in started:
-            tokens, lengths, log_probs = (np.asarray(part)[:, 0] for part in hypotheses)
-            texts = self.tokenizer.decode([tokens[row, : lengths[row]].tolist() for row in range(len(batch))])
+                log_probs = self.decoder.score(bucket, [sources[i] for i in batch], [targets[i] for i in batch])
+                started.append((batch, log_probs))
+                self._count(bucket, [sources[i] for i in batch])
+        for batch, log_probs in started:
+            log_probs_BT = np.asarray(log_probs)
             for row, index in enumerate(batch):
-                results[index] = (texts[row], float(log_probs[row]))
-        texts: list[list[str]] = [[] for _ in lines]
-        scores = [0.0] * len(lines)
-        for (line, _), (text, log_prob) in zip(pieces, results, strict=True):
-            texts[line].append(text)
-            scores[line] += log_prob
-        return [
-            Translation(" ".join(part for part in parts if part), score)
-            for parts, score in zip(texts, scores, strict=True)
-        ]
+                length = len(targets[index])
+                values = log_probs_BT[row, :length]
+                total = float(np.sum(values, dtype=np.float32))
+                pieces = tuple(self.tokenizer.pieces(targets[index][:-1]))
+                scored[index] = Scored(pieces, tuple(values.tolist()), total, total / self._penalty(length - 1))
+                self.statistics.target_tokens += length - 1
+        self.statistics.lines += len(window)
+        return scored
 
-    def _pieces(self, lines: Sequence[str], first: int) -> list[tuple[int, list[int]]]:
-        """(index of the line, token ids ending in EOS) of each piece; a line is one piece unless it is too long."""
-        pieces = []
-        for index, ids in enumerate(self.tokenizer.encode(list(lines))):
-            if len(ids) + 1 <= self.config.max_source_length:
-                if ids:
-                    pieces.append((index, [*ids, EOS]))
-                continue
-            parts = list(self._cut(lines[index]))
-            _log.warning(
-                "line %d has %d tokens, more than decoding.max_source_length=%d: translated in %d pieces",
-                *(first + index, len(ids), self.config.max_source_length, len(parts)),
+
+def _together(lines: Iterable[str], prefixes: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for number, (line, prefix) in enumerate(zip_longest(lines, prefixes), 1):
+        if line is None or prefix is None:
+            raise InputError(
+                f"there are {'more' if line is None else 'fewer'} prefixes than lines: {number - 1} of both"
             )
-            pieces.extend((index, [*part, EOS]) for part in parts)
-        return pieces
+        yield line, prefix
 
-    def _cut(self, line: str) -> Iterator[list[int]]:
-        """Token ids of pieces that fit, cut between sentences, or else words, or else anywhere."""
-        room = self.config.max_source_length - 1
-        for unit in self._units(_SENTENCE_ENDS.split(line), room):
-            if len(unit) <= room:
-                yield unit
-            else:
-                yield from (unit[at : at + room] for at in range(0, len(unit), room))
 
-    def _units(self, parts: list[str], room: int) -> Iterator[list[int]]:
-        """Neighbouring parts joined as long as they fit; a part that doesn't fit is cut into words, and a word in two.
+def _tokenizer(run: RunDirectory) -> Tokenizer:
+    if not run.tokenizer_path.exists():
+        raise InputError(f"{run.tokenizer_path}: is missing: the run directory is not whole")
+    return Tokenizer.load(run.tokenizer_path)
 
-        A word is cut as text: its ids may be bytes, and a character cut in two would be none.
-        """
-        joined: list[int] = []
-        for part, ids in zip(parts, self.tokenizer.encode(parts), strict=True):
-            if joined and len(joined) + len(ids) > room:
-                yield joined
-                joined = []
-            words = part.split()
-            if len(words) == 1:
-                words = [part[: len(part) // 2], part[len(part) // 2 :]]
-            if len(ids) > room and all(words):
-                yield from self._units(words, room)
-            else:
-                joined = joined + ids
-        if joined:
-            yield joined
+
+def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
+    """The hypotheses of a line out of those of its parts: the best of each part together, then the second ones, …"""
+    if len(parts) == 1:
+        return tuple(parts[0])
+    joined = []
+    for rank in range(max(map(len, parts), default=1)):
+        its = [part[min(rank, len(part) - 1)] for part in parts]
+        joined.append(
+            Hypothesis(
+                " ".join(one.text for one in its if one.text),
+                tuple(token for one in its for token in one.tokens),
+                math.fsum(one.log_prob for one in its),
+                math.fsum(one.score for one in its),
+            )
+        )
+    return tuple(joined)

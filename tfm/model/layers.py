@@ -159,30 +159,36 @@ class DecoderLayer(_Layer):
 
     def new_cache(self, memory_BSD: jax.Array, beams: int, length: int) -> LayerCache:
         """An empty cache for `length` positions of `beams` hypotheses a sentence; cross-attention's part is final."""
-        c, batch = self.config, memory_BSD.shape[0]
+        c, slots = self.config, (memory_BSD.shape[0], self.config.num_heads, length, beams)
+        axes = ("activation_batch", "activation_heads", "activation_length", None, "activation_kv")
         return LayerCache(
-            jnp.zeros((batch, beams, length, c.num_heads, c.key_width), self.dtype),
-            jnp.zeros((batch, beams, length, c.num_heads, c.value_width), self.dtype),
-            *self.cross_attention.keys_and_values(memory_BSD),
+            constrain(jnp.zeros((*slots, c.key_width), self.dtype), *axes),
+            constrain(jnp.zeros((*slots, c.value_width), self.dtype), *axes),
+            *(kv.swapaxes(1, 2) for kv in self.cross_attention.keys_and_values(memory_BSD)),
         )
 
     def decode_step(
-        self, x_BWD: jax.Array, cache: LayerCache, source_mask_BS: jax.Array, position: jax.Array
+        self,
+        x_BWD: jax.Array,
+        cache: LayerCache,
+        seen_BTVW: jax.Array,
+        source_mask_BS: jax.Array,
+        position: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
         """The layer at one target position of each beam."""
         written: list[jax.Array] = []
 
         def attend(x: jax.Array) -> jax.Array:
             out, *keys_and_values = self.self_attention.decode_self(
-                x, cache.self_keys_BWTHK, cache.self_values_BWTHK, position
+                x, cache.self_keys_BHTWK, cache.self_values_BHTWK, seen_BTVW, position
             )
             written.extend(keys_and_values)
             return out
 
         def look(x: jax.Array) -> jax.Array:
-            return self.cross_attention.decode_cross(x, cache.cross_keys_BSHK, cache.cross_values_BSHK, source_mask_BS)
+            return self.cross_attention.decode_cross(x, cache.cross_keys_BHSK, cache.cross_values_BHSK, source_mask_BS)
 
         x_BWD = self.residual(x_BWD, self.self_norm, attend, None, "self")
         x_BWD = self.residual(x_BWD, self.cross_norm, look, None, "cross")
         x_BWD = self.residual(x_BWD, self.feed_forward_norm, lambda x: self.feed_forward(x, None), None, "mlp")
-        return x_BWD, cache._replace(self_keys_BWTHK=written[0], self_values_BWTHK=written[1])
+        return x_BWD, cache._replace(self_keys_BHTWK=written[0], self_values_BHTWK=written[1])

@@ -157,10 +157,15 @@ def count_parameters(model: Transformer) -> int:
 
 
 class DecodeCache(NamedTuple):
-    """All that decoding remembers between steps: it is passed in and returned, never held by a module."""
+    """All that decoding remembers between steps: it is passed in and returned, never held by a module.
+
+    Beams are never moved within it. Each writes its keys and values into a slot of its own, and `ancestors` says, of
+    every beam, whose slot its past lies in at each position: choosing other beams rearranges these few numbers alone.
+    """
 
     layers: tuple[LayerCache, ...]
     source_mask_BS: jax.Array  # bool; False is padding
+    ancestors_BTW: jax.Array  # int32; the beam whose slot holds position t of the past of beam w
     position: jax.Array  # int32; target positions written so far
 
 
@@ -174,6 +179,18 @@ def unstack(parameters: Parameters) -> Parameters:
     return {**parameters, "encoder": cut(parameters["encoder"]), "decoder": cut(parameters["decoder"])}
 
 
+def unstack_axes(boxed: Parameters) -> Parameters:
+    """`unstack` of an abstract tree of boxed parameters: each layer's boxes without the name of the stack."""
+
+    def cut(stack: Parameters) -> Parameters:
+        is_box = dict(is_leaf=lambda x: hasattr(x, "names"))
+        layer = jax.tree.map(lambda box: box.replace(names=box.names[1:]), stack["layers"], **is_box)
+        depth = jax.tree.leaves(stack["layers"])[0].shape[0]
+        return {**stack, "layers": [layer] * depth}
+
+    return {**boxed, "encoder": cut(boxed["encoder"]), "decoder": cut(boxed["decoder"])}
+
+
 def start_decoding(
     model: Transformer,
     unstacked: Parameters,
@@ -184,20 +201,13 @@ def start_decoding(
     length: int,
 ) -> DecodeCache:
     """Encodes sentences, one a row, and lays out a cache for `length` target positions of `beams` hypotheses each."""
-    c, dtype = model.config, model.dtype
-    positions_BS = jnp.broadcast_to(jnp.arange(source_tokens_BS.shape[1])[None], source_tokens_BS.shape)
-    source = Tokens(mask_BS.astype(jnp.int32), positions_BS)
-    table = unstacked["target_embedding" if c.tie_embeddings == "all" else "source_embedding"]
-    x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, source_tokens_BS, positions_BS, None)
-    mask_BSS = attention_mask(source, source, causal=False)
-    for layer in unstacked["encoder"]["layers"]:
-        x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, mask_BSS, None)
-    memory_BSD = _final_norm(model, unstacked["encoder"], x_BSD)
+    memory_BSD, _ = _encode_unstacked(model, unstacked, source_tokens_BS, mask_BS)
     caches = [
-        DecoderLayer(c, dtype).apply({"params": layer}, memory_BSD, beams, length, method="new_cache")
+        DecoderLayer(model.config, model.dtype).apply({"params": layer}, memory_BSD, beams, length, method="new_cache")
         for layer in unstacked["decoder"]["layers"]
     ]
-    return DecodeCache(tuple(caches), mask_BS, jnp.zeros((), jnp.int32))
+    ancestors_BTW = jnp.zeros((source_tokens_BS.shape[0], length, beams), jnp.int32)
+    return DecodeCache(tuple(caches), mask_BS, ancestors_BTW, jnp.zeros((), jnp.int32))
 
 
 def decode_step(
@@ -208,16 +218,85 @@ def decode_step(
     embedding = Embedding(c, model.vocab_size, dtype)
     positions_BW = jnp.broadcast_to(position, tokens_BW.shape)
     x_BWD = embedding.apply({"params": unstacked["target_embedding"]}, tokens_BW, positions_BW, None)
+    beams_W = jnp.arange(tokens_BW.shape[1], dtype=jnp.int32)
+    own_B1W = jnp.broadcast_to(beams_W, (tokens_BW.shape[0], 1, beams_W.size))
+    ancestors_BTW = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BTW, own_B1W, position, axis=1)
+    past_T = jnp.arange(ancestors_BTW.shape[1]) <= position
+    seen_BTVW = (ancestors_BTW[:, :, None] == beams_W[None, None, :, None]) & past_T[None, :, None, None]
     layers = []
     for parameters, layer_cache in zip(unstacked["decoder"]["layers"], cache.layers, strict=True):
         x_BWD, layer_cache = DecoderLayer(c, dtype).apply(
-            {"params": parameters}, x_BWD, layer_cache, cache.source_mask_BS, position, method="decode_step"
+            {"params": parameters}, x_BWD, layer_cache, seen_BTVW, cache.source_mask_BS, position, method="decode_step"
         )
         layers.append(layer_cache)
-    x_BWD = _final_norm(model, unstacked["decoder"], x_BWD)
+    logits_BWV = project(model, unstacked, x_BWD)
+    return logits_BWV, cache._replace(layers=tuple(layers), ancestors_BTW=ancestors_BTW, position=position + 1)
+
+
+def reorder_beams(cache: DecodeCache, parents_BW: jax.Array) -> DecodeCache:
+    """The cache of new beams, each of which goes on from the beam `parents` of its sentence."""
+    return cache._replace(ancestors_BTW=jnp.take_along_axis(cache.ancestors_BTW, parents_BW[:, None], axis=2))
+
+
+def grow_cache(cache: DecodeCache, length: int) -> DecodeCache:
+    """The cache with room for `length` positions. A short one is read sooner, and most translations never need more."""
+
+    def longer(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+    layers = tuple(
+        layer._replace(
+            self_keys_BHTWK=longer(layer.self_keys_BHTWK, 2), self_values_BHTWK=longer(layer.self_values_BHTWK, 2)
+        )
+        for layer in cache.layers
+    )
+    return cache._replace(layers=layers, ancestors_BTW=longer(cache.ancestors_BTW, 1))
+
+
+def decode_forced(
+    model: Transformer,
+    unstacked: Parameters,
+    source_tokens_BS: jax.Array,
+    source_mask_BS: jax.Array,
+    target_inputs_BT: jax.Array,
+) -> jax.Array:
+    """The decoder's output [B, T, D] over given targets, all positions at once; `project` makes logits of it.
+
+    Padding at the end of a target may hold anything: nothing before it can see it.
+    """
+    c, dtype = model.config, model.dtype
+    memory_BSD, source = _encode_unstacked(model, unstacked, source_tokens_BS, source_mask_BS)
+    positions_BT = jnp.broadcast_to(jnp.arange(target_inputs_BT.shape[1])[None], target_inputs_BT.shape)
+    target = Tokens(jnp.ones_like(positions_BT), positions_BT)
+    embedding = Embedding(c, model.vocab_size, dtype)
+    x_BTD = embedding.apply({"params": unstacked["target_embedding"]}, target_inputs_BT, positions_BT, None)
+    self_mask_BTT = attention_mask(target, target, causal=True)
+    cross_mask_BTS = attention_mask(target, source, causal=False)
+    for layer in unstacked["decoder"]["layers"]:
+        x_BTD = DecoderLayer(c, dtype).apply({"params": layer}, x_BTD, memory_BSD, self_mask_BTT, cross_mask_BTS, None)
+    return x_BTD
+
+
+def project(model: Transformer, unstacked: Parameters, x: jax.Array) -> jax.Array:
+    """Logits [..., V] (float32, V padded) of the last decoder layer's output."""
     table = {"table": output_table(model, unstacked)}
-    logits_BWV = embedding.apply({"params": table}, x_BWD, method="logits")
-    return logits_BWV, cache._replace(layers=tuple(layers), position=position + 1)
+    x = _final_norm(model, unstacked["decoder"], x)
+    return Embedding(model.config, model.vocab_size, model.dtype).apply({"params": table}, x, method="logits")
+
+
+def _encode_unstacked(
+    model: Transformer, unstacked: Parameters, tokens_BS: jax.Array, mask_BS: jax.Array
+) -> tuple[jax.Array, Tokens]:
+    """Memory [B, S, D] of sentences, one a row, and where their tokens stand."""
+    c, dtype = model.config, model.dtype
+    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
+    source = Tokens(mask_BS.astype(jnp.int32), positions_BS)
+    table = unstacked["target_embedding" if c.tie_embeddings == "all" else "source_embedding"]
+    x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, tokens_BS, positions_BS, None)
+    mask_BSS = attention_mask(source, source, causal=False)
+    for layer in unstacked["encoder"]["layers"]:
+        x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, mask_BSS, None)
+    return _final_norm(model, unstacked["encoder"], x_BSD), source
 
 
 def _final_norm(model: Transformer, stack: Parameters, x: jax.Array) -> jax.Array:

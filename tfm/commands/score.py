@@ -1,0 +1,81 @@
+"""Score given translations: the log-probability that the model gives each line, and its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Literal
+
+from tfm.commands.lines import Output, json_line, log_rate, opened, text_lines
+from tfm.commands.options import parse
+from tfm.config import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Write the log-probability (natural logarithm) of each line of --target as a translation of that of --source."""
+
+    workdir: Path
+    """Directory of the run."""
+    source: Path
+    """File of source sentences, one a line."""
+    target: Path
+    """File with a translation of each; one that ends in .jsonl is of `translate --format=jsonl`, and the very tokens
+    of its best translations are scored."""
+    output: Path | None = None
+    """File to write, which must not exist, in place of standard output."""
+    format: Literal["text", "jsonl"] = "text"
+    """One number a line, or a JSON object a line with log_prob, the length-penalised score, tokens and their share."""
+    checkpoint: str | None = None
+    """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
+    ensemble: tuple[str, ...] = ()
+    """Further models to score with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
+
+
+def main(argv: list[str]) -> int:
+    arguments, config = parse("score", argv, Arguments)
+    with ExitStack() as stack:
+        files = [opened(path, stack) for path in (arguments.source, arguments.target)]
+        counts = [sum(1 for _ in file) for file in files]
+        if counts[0] != counts[1]:
+            raise InputError(
+                f"{arguments.source} has {counts[0]} lines and {arguments.target} has {counts[1]}: they must have the "
+                "same number"
+            )
+        for file in files:
+            file.seek(0)
+        output = stack.enter_context(Output(arguments.output))
+        from tfm import sharding
+        from tfm.decoding.translator import Translator
+
+        sharding.use_compilation_cache()
+        translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
+        start = time.perf_counter()
+        targets = (
+            _best_tokens(files[1], arguments.target) if arguments.target.suffix == ".jsonl" else text_lines(files[1])
+        )
+        for window in translator.score_windows(text_lines(files[0]), targets):
+            if arguments.format == "text":
+                output.write([f"{scored.log_prob:.6f}" for scored in window])
+            else:
+                first = output.lines + 1
+                output.write(
+                    [json_line({"line": first + i, **dataclasses.asdict(scored)}) for i, scored in enumerate(window)]
+                )
+    log_rate(translator, time.perf_counter() - start)
+    return 0
+
+
+def _best_tokens(file: IO[bytes], path: Path) -> Iterator[Sequence[str]]:
+    """The tokens of the best translation of each line."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield json.loads(line)["translations"][0]["tokens"]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"{path}:{number}: not a line of `translate --format=jsonl` ({type(error).__name__}: {error})"
+            ) from error

@@ -1,0 +1,69 @@
+"""A stream of lines in windows: as many as are there, read ahead by a thread, never waited for while one can work."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+# Seconds after which a stream that gives nothing is slow: what it gave so far is translated. Reading a file takes far
+# less a line, and translating a window far more.
+_PATIENCE = 0.02
+
+
+class Windows(Generic[T]):
+    """Windows of at most `size` items of a stream, of which at most two windows are held. Close it when done.
+
+    An exception of the stream is raised once the items before it have been taken.
+    """
+
+    def __init__(self, items: Iterable[T], size: int):
+        self.ended = False
+        self._size = size
+        self._queue: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(size)
+        self._error: BaseException | None = None
+        self._closed = False
+        threading.Thread(target=self._read, args=(iter(items),), daemon=True, name="reader").start()
+
+    def _read(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                self._put((item,))
+                if self._closed:
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[T] | BaseException | None) -> None:
+        while not self._closed:
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def take(self, wait: bool) -> list[T]:
+        """The items that are there, in their order; waits for the first of them if asked to. Empty at the end, too."""
+        taken: list[T] = []
+        patience = None if wait else 0.0
+        while len(taken) < self._size and not self.ended:
+            try:
+                item = self._queue.get(block=patience != 0.0, timeout=patience)
+            except queue.Empty:
+                break
+            if isinstance(item, tuple):
+                taken.append(item[0])
+                patience = _PATIENCE
+            else:
+                self.ended, self._error = True, item
+        if not taken and self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return taken
+
+    def close(self) -> None:
+        """Lets the thread end with the item that it is reading."""
+        self._closed = True
