@@ -49,8 +49,8 @@ def sentences() -> list[list[int]]:
 
 def hypotheses(decoder: Decoder, bucket: Bucket, sentences) -> list[tuple[list[int], float]]:
     """(tokens, log-probability) of each sentence."""
-    tokens, lengths, log_probs = (np.asarray(part)[:, 0] for part in decoder.decode(bucket, sentences))
-    assert tokens.shape == (bucket.rows, bucket.length + decoder.config.max_extra_tokens)
+    tokens, lengths, log_probs = (np.asarray(part)[:, 0] for part in decoder.decode(bucket, sentences)[:3])
+    assert tokens.shape == (bucket.rows, bucket.room)
     assert np.all(np.isfinite(log_probs))
     return [(tokens[i, : lengths[i]].tolist(), float(log_probs[i])) for i in range(len(sentences))]
 
@@ -116,11 +116,12 @@ def test_eight_devices_decode_as_one(parameters, sentences, decoded, mesh):
 
 def test_a_limit_is_the_source_s_length_and_so_many_tokens_more(parameters, sentences):
     """With the end symbol ruled out every translation runs into its limit; 50 is the default, as in the paper."""
-    config = DecodingConfig(beam_size=1, max_source_length=16, tokens_per_batch=128)
+    config = DecodingConfig(beam_size=1, max_source_length=16, tokens_per_batch=384)
     decoder = Decoder([MODEL], one_device(), config, BANNED)
     decoder._bias_V[EOS] = -1e4  # not infinite, since each translation ends in it after all
     decoder.set_parameters(parameters)
-    found = hypotheses(decoder, decoder.buckets[0], sentences)
+    assert not np.asarray(decoder.decode(decoder.buckets[0], sentences).is_whole_B)[: len(sentences)].any()
+    found = hypotheses(decoder, decoder.long_buckets[0], sentences)
     assert [len(tokens) for tokens, _ in found] == [len(sentence) - 1 + 50 for sentence in sentences]
     assert not {PAD, BOS, UNK, EOS} & {token for tokens, _ in found for token in tokens}
     assert max(token for tokens, _ in found for token in tokens) < VOCAB  # the table has 128 rows
@@ -136,7 +137,7 @@ def test_what_is_banned_is_never_generated(parameters, sentences, decoded):
 
 
 def test_rows_that_only_fill_the_batch_say_nothing(decoder, sentences):
-    tokens, lengths, _ = map(np.asarray, decoder.decode(decoder.buckets[0], sentences[:1]))
+    tokens, lengths, *_ = map(np.asarray, decoder.decode(decoder.buckets[0], sentences[:1]))
     assert not lengths[1:].any() and np.all(tokens[1:] == EOS)
 
 
@@ -169,7 +170,7 @@ def test_each_shape_is_compiled_once(parameters, sentences):
 def test_buckets(mesh, config, expected):
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     decoder = Decoder([MODEL], make_mesh(mesh, devices), config, BANNED)
-    assert decoder.buckets == expected
+    assert [bucket[:2] for bucket in decoder.buckets] == expected
     for length in range(1, config.max_source_length + 1):
         bucket = bucket_of(decoder.buckets, length)
         assert length <= bucket.length
@@ -195,7 +196,7 @@ def n_best(beam_decoder, sentences):
 
 def n_best_of(decoder: Decoder, sentences) -> list[list[tuple[list[int], float]]]:
     """(tokens, log-probability) of each hypothesis of each sentence."""
-    tokens, lengths, log_probs = map(np.asarray, decoder.decode(decoder.buckets[0], sentences))
+    tokens, lengths, log_probs = map(np.asarray, decoder.decode(decoder.buckets[0], sentences)[:3])
     return [
         [(tokens[i, r, : lengths[i, r]].tolist(), float(log_probs[i, r])) for r in range(tokens.shape[1])]
         for i in range(len(sentences))
@@ -258,7 +259,7 @@ def test_a_device_stops_by_itself_without_a_word_to_the_others(parameters):
 
 def test_a_prefix_is_what_the_translation_begins_with(beam_decoder, sentences, n_best):
     prefixes = [[7, 8, 9], [], [50], [], [], [5] * 4]
-    tokens, lengths, _ = map(np.asarray, beam_decoder.decode(beam_decoder.buckets[0], sentences, prefixes))
+    tokens, lengths, *_ = map(np.asarray, beam_decoder.decode(beam_decoder.buckets[0], sentences, prefixes))
     for row, prefix in enumerate(prefixes):
         assert tokens[row, 0, : len(prefix)].tolist() == prefix
         if not prefix:

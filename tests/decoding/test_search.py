@@ -36,7 +36,7 @@ def by_position(table):
 class ByPast:
     """Logits that depend on all the tokens so far: table[sentence, position, state], a state of seven made of them.
 
-    The cache is the state of each beam and all that it has said, in an array that has to grow.
+    The cache is the position and all that each beam has said.
     """
 
     STATES = 7
@@ -44,30 +44,21 @@ class ByPast:
     def __init__(self, tables):
         self.tables = np.asarray(tables, np.float32)  # [sentences, positions, STATES, V]
 
-    def cache(self, beams: int, lengths: tuple[int, ...]) -> Cache:
-        batch = len(self.tables)
-        start = (jnp.zeros((), jnp.int32), jnp.zeros((batch, beams), jnp.int32), jnp.zeros((batch, beams, lengths[0])))
-
-        def grow(cache, length):
-            position, states, said = cache
-            return position, states, jnp.pad(said, ((0, 0), (0, 0), (0, length - said.shape[2])))
+    def cache(self, beams: int, length: int) -> Cache:
+        start = (jnp.zeros((), jnp.int32), jnp.zeros((len(self.tables), beams, length)))
 
         def reorder(cache, parents):
-            position, states, said = cache
-            return (
-                position,
-                jnp.take_along_axis(states, parents, axis=1),
-                jnp.take_along_axis(said, parents[..., None], axis=1),
-            )
+            position, said = cache
+            return position, jnp.take_along_axis(said, parents[..., None], axis=1)
 
-        return Cache(start, lengths, grow, reorder)
+        return Cache(start, length, reorder)
 
     def step(self, tokens, cache):
-        position, _, said = cache
+        position, said = cache
         said = jax.lax.dynamic_update_index_in_dim(said, tokens.astype(jnp.float32), position, axis=2)
         states = self.state(said, position)
         tables = jax.lax.dynamic_index_in_dim(jnp.asarray(self.tables), position, axis=1, keepdims=False)
-        return jnp.take_along_axis(tables, states[..., None], axis=1), (position + 1, states, said)
+        return jnp.take_along_axis(tables, states[..., None], axis=1), (position + 1, said)
 
     def state(self, said, position):
         """Out of all that was said, so that a cache of another beam's past would show."""
@@ -99,10 +90,11 @@ def log_softmax(row) -> np.ndarray:
     return row - row.max() - np.log(np.exp(row - row.max()).sum())
 
 
-def limits(most, least=0, prefix=None) -> Limits:
+def limits(most, least=0, prefix=None, patience=1000) -> Limits:
     most = jnp.asarray(most, jnp.int32)
     prefix = None if prefix is None else jnp.asarray(prefix, jnp.int32)
-    return Limits(jnp.minimum(jnp.broadcast_to(jnp.asarray(least, jnp.int32), most.shape), most), most, prefix)
+    least = jnp.minimum(jnp.broadcast_to(jnp.asarray(least, jnp.int32), most.shape), most)
+    return Limits(least, most, patience, prefix)
 
 
 def said(found, row: int, rank: int = 0) -> list[int]:
@@ -121,7 +113,7 @@ def test_a_path_that_can_be_followed_by_hand():
         [1.0, 2.0, 0.0, 0.0, 3.0],  # 3 -> 4
         [0.5, 2.5, 0.0, 0.0, 2.0],  # 4 -> end
     ]
-    found = greedy(by_last_token(table), Cache((), (7,)), limits([6, 6]))
+    found = greedy(by_last_token(table), Cache((), 7), limits([6, 6]))
     np.testing.assert_array_equal(found.tokens_BWT[:, 0], [[2, 3, 4, 1, 1, 1, 1]] * 2)
     np.testing.assert_array_equal(found.lengths_BW, [[3], [3]])
     path = [(0, 2), (2, 3), (3, 4), (4, EOS)]
@@ -133,7 +125,7 @@ def test_at_its_limit_a_sentence_is_ended_and_pays_for_its_end():
     """Limits of 0 to 4 tokens where nothing but 2 is said."""
     row = [0.0, 1.0, 3.0]
     most = np.array([0, 1, 3, 4])
-    found = greedy(by_last_token([row] * 3), Cache((), (5,)), limits(most))
+    found = greedy(by_last_token([row] * 3), Cache((), 5), limits(most))
     np.testing.assert_array_equal(found.lengths_BW[:, 0], most)
     for tokens, limit in zip(found.tokens_BWT[:, 0], most, strict=True):
         np.testing.assert_array_equal(tokens, [2] * limit + [EOS] * (5 - limit))
@@ -148,7 +140,7 @@ def test_sentences_end_at_different_times_and_a_finished_one_stays_as_it_is():
     for row, end in enumerate(ends):
         table[row, :, EOS] = -9
         table[row, end, EOS] = 9
-    found = greedy(by_position(table), Cache(jnp.int32(0), (4, 10)), limits([9] * 5))
+    found = greedy(by_position(table), Cache(jnp.int32(0), 10), limits([9] * 5))
     np.testing.assert_array_equal(found.lengths_BW[:, 0], ends)
     for row, end in enumerate(ends):
         best = table[row].argmax(-1)
@@ -163,7 +155,7 @@ def test_a_token_that_is_ruled_out_is_never_said_and_takes_no_probability():
     banned = [0, 3, 7, 150, 299]
     table[:, :, banned] = NEVER
     table[0, 0, 4:] = NEVER  # all but 1 and 2
-    found = greedy(by_position(table), Cache(jnp.int32(0), (7,)), limits([6] * 4))
+    found = greedy(by_position(table), Cache(jnp.int32(0), 7), limits([6] * 4))
     assert not np.isin(found.tokens_BWT, banned).any()
     assert int(found.tokens_BWT[0, 0, 0]) in (1, 2)
     for row in range(4):
@@ -175,13 +167,13 @@ def test_a_token_that_is_ruled_out_is_never_said_and_takes_no_probability():
 
 @pytest.mark.parametrize(("row", "expected"), [([0, 0, 7, 7, 7], 2), ([7, 7, 7, 0, 0], 0), ([0, 7, 7, 0, 0], EOS)])
 def test_of_equals_the_first_is_taken(row, expected):
-    found = greedy(by_last_token([[*map(float, row)]] * 5), Cache((), (4,)), limits([3]))
+    found = greedy(by_last_token([[*map(float, row)]] * 5), Cache((), 4), limits([3]))
     assert int(found.tokens_BWT[0, 0, 0]) == expected
 
 
 def test_logits_of_any_size_give_finite_log_probabilities():
     for decode in (greedy, functools.partial(beam, beams=2)):
-        found = decode(by_last_token([[0.0, -3e4, 3e4, 2.9e4]] * 4), Cache((), (3,)), limits([2]))
+        found = decode(by_last_token([[0.0, -3e4, 3e4, 2.9e4]] * 4), Cache((), 3), limits([2]))
         assert float(found.log_probs_BW[0, 0]) == pytest.approx(-6e4)  # two times nothing, and a forced end
         assert said(found, 0) == [2, 2]
 
@@ -191,10 +183,10 @@ def test_not_a_number_ends_the_sentence():
     table = np.zeros((2, 4, 4))
     table[:, :, 2] = 5
     table[0, 1, 3] = np.nan
-    found = greedy(by_position(table), Cache(jnp.int32(0), (4,)), limits([3, 3]))
+    found = greedy(by_position(table), Cache(jnp.int32(0), 4), limits([3, 3]))
     np.testing.assert_array_equal(found.tokens_BWT[:, 0], [[2, 1, 1, 1], [2, 2, 2, 1]])
     assert np.isnan(found.log_probs_BW[0, 0]) and np.isfinite(found.log_probs_BW[1, 0])
-    found = beam(by_position(table), Cache(jnp.int32(0), (4,)), limits([3, 3]), beams=3, n_best=1, alpha=0.0)
+    found = beam(by_position(table), Cache(jnp.int32(0), 4), limits([3, 3]), beams=3, n_best=1, alpha=0.0)
     assert said(found, 1) == [] and not np.isnan(found.log_probs_BW).any()  # ending at once is likelier than three more
 
 
@@ -207,9 +199,9 @@ def test_the_search_stops_as_soon_as_all_sentences_have_ended(beams):
         return jnp.zeros((2, beams, 3)).at[:, :, EOS].set(9.0), cache
 
     if beams == 1:
-        found = greedy(step, Cache((), (20, 51)), limits([50, 50]))
+        found = greedy(step, Cache((), 51), limits([50, 50]))
     else:
-        found = beam(step, Cache((), (20, 51)), limits([50, 50]), beams=beams, n_best=1, alpha=0.6)
+        found = beam(step, Cache((), 51), limits([50, 50]), beams=beams, n_best=1, alpha=0.6)
     jax.block_until_ready(found)
     jax.effects_barrier()
     assert len(calls) == 1
@@ -218,7 +210,7 @@ def test_the_search_stops_as_soon_as_all_sentences_have_ended(beams):
 def test_a_sentence_has_its_least_tokens_and_pays_what_the_model_asks():
     row = [0.0, 6.0, 3.0, 2.0]
     for decode in (greedy, functools.partial(beam, beams=3, alpha=0.0)):
-        found = decode(by_last_token([row] * 4), Cache((), (6,)), limits([5, 5, 1], least=[0, 3, 3]))
+        found = decode(by_last_token([row] * 4), Cache((), 6), limits([5, 5, 1], least=[0, 3, 3]))
         assert [said(found, i) for i in range(3)] == [[], [2, 2, 2], [2]]
         expected = log_softmax(row)[2] * np.array([0, 3, 1]) + log_softmax(row)[EOS]
         np.testing.assert_allclose(found.log_probs_BW[:, 0], expected, rtol=1e-5)
@@ -229,7 +221,7 @@ def test_a_forced_prefix_is_said_and_paid_for_and_leaves_the_rest_free():
     past = ByPast(generator.normal(size=(3, 6, 7, 6)))
     prefix = [[4, 2, -1, -1], [-1] * 4, [3, 3, 5, 2]]
     for beams in (1, 4):
-        cache, bounds = past.cache(beams, (3, 6)), limits([5, 5, 4], prefix=prefix)
+        cache, bounds = past.cache(beams, 6), limits([5, 5, 4], prefix=prefix)
         if beams == 1:
             found = greedy(past.step, cache, bounds)
             free = greedy(past.step, cache, limits([5, 5, 4]))
@@ -244,6 +236,19 @@ def test_a_forced_prefix_is_said_and_paid_for_and_leaves_the_rest_free():
             if np.isfinite(found.log_probs_BW[row, rank]):
                 expected = past.log_prob(row, said(found, row, rank))
                 assert float(found.log_probs_BW[row, rank]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_sentence_that_goes_on_for_too_long_is_given_up_and_the_others_do_not_wait():
+    generator = np.random.default_rng(3)
+    table = generator.normal(size=(3, 12, 9))
+    table[:, :, EOS] = -9
+    table[0, 3, EOS] = table[1, 9, EOS] = 30
+    for decode in (greedy, functools.partial(beam, beams=2, alpha=0.0)):
+        found = decode(by_position(table), Cache(jnp.int32(0), 6), limits([11] * 3, patience=jnp.array([5, 6, 4])))
+        assert found.is_whole_B.tolist() == [True, False, False]
+        whole = decode(by_position(table), Cache(jnp.int32(0), 12), limits([11] * 3))
+        assert whole.is_whole_B.all() and said(whole, 0) == said(found, 0)
+        assert whole.lengths_BW[:2, 0].tolist() == [3, 9]
 
 
 # Beam search ----------------------------------------------------------------------------------------------------------
@@ -271,12 +276,12 @@ def lattice():
 
 
 def test_a_lattice_whose_greedy_path_is_not_its_best():
-    found = greedy(lattice(), Cache((), (6,)), limits([5]))
+    found = greedy(lattice(), Cache((), 6), limits([5]))
     assert said(found, 0) == [A, B] and float(found.log_probs_BW[0, 0]) == pytest.approx(np.log(0.24))
-    found = beam(lattice(), Cache((), (6,)), limits([5]), beams=2, n_best=2, alpha=0.6)
+    found = beam(lattice(), Cache((), 6), limits([5]), beams=2, n_best=2, alpha=0.6)
     assert [said(found, 0, rank) for rank in range(2)] == [[C, F], [A, B]]
     np.testing.assert_allclose(found.log_probs_BW[0], np.log([0.4, 0.24]), rtol=1e-5)
-    found = beam(lattice(), Cache((), (6,)), limits([5]), beams=5, n_best=5, alpha=0.0)
+    found = beam(lattice(), Cache((), 6), limits([5]), beams=5, n_best=5, alpha=0.0)
     assert [said(found, 0, rank) for rank in range(4)] == [[C, F], [A, B], [A, D], [A, E]]
     assert np.isneginf(found.log_probs_BW[0, 4]) and said(found, 0, 4) == []  # there are only four
 
@@ -292,7 +297,7 @@ def test_a_length_penalty_prefers_the_longer_of_two_that_are_equally_likely():
     for last, token, probability in ((BOS, 2, 0.5), (BOS, 3, 0.5), (2, EOS, 1), (3, 4, 1), (4, EOS, 1), (EOS, EOS, 1)):
         table[last, token] = np.log(probability)
     for alpha, expected in ((0.0, [2]), (0.6, [3, 4])):
-        found = beam(by_last_token(table), Cache((), (5,)), limits([4]), beams=2, n_best=1, alpha=alpha)
+        found = beam(by_last_token(table), Cache((), 5), limits([4]), beams=2, n_best=1, alpha=alpha)
         assert said(found, 0) == expected
 
 
@@ -325,7 +330,7 @@ def test_at_full_width_the_n_best_are_the_true_ones(alpha, n_best, seed):
     most = generator.integers(1, LONGEST + 1, 67)
     least = generator.integers(0, 2, 67)
     width = (VOCAB - 1) ** LONGEST
-    cache = past.cache(width, (2, LONGEST + 1))
+    cache = past.cache(width, LONGEST + 1)
     found = beam(past.step, cache, limits(most, least), beams=width, n_best=n_best, alpha=alpha)
     for row in range(67):
         truth = all_hypotheses(past, row, most[row], least[row], alpha)[:n_best]
@@ -358,7 +363,7 @@ def test_stopping_early_changes_nothing(beams, n_best, alpha):
     generator = np.random.default_rng(beams)
     past = ByPast(generator.normal(size=(100, 9, 7, 6)) * 2)
     most = generator.integers(0, 9, 100)
-    found = beam(past.step, past.cache(beams, (4, 9)), limits(most), beams=beams, n_best=n_best, alpha=alpha)
+    found = beam(past.step, past.cache(beams, 9), limits(most), beams=beams, n_best=n_best, alpha=alpha)
     for row in range(100):
         expected = narrow_beam(past, row, most[row], beams, n_best, alpha)
         scores = np.asarray(found.log_probs_BW[row]) / length_penalty(found.lengths_BW[row] + 1, alpha)
@@ -372,7 +377,7 @@ def drawn(row, *, samples: int = 4000, most: int = 1, sentences: int = 1, seed: 
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
     keys = jax.random.split(jax.random.key(seed), sentences)
     step = by_last_token(np.broadcast_to(np.asarray(row, np.float32), (len(row), len(row))))
-    cache = Cache((), (most + 1,))
+    cache = Cache((), most + 1)
     bounds = limits([most] * sentences)
     return jax.jit(lambda: search.sample(step, cache, bounds, keys, samples=samples, **settings, **IDS))()
 
@@ -414,7 +419,7 @@ def test_draws_are_the_same_again_and_depend_on_nothing_but_the_key():
     keys = jax.random.split(jax.random.key(0), 4)[2:3]
     step = by_last_token(np.broadcast_to(np.asarray(row, np.float32), (6, 6)))
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **IDS}
-    alone = jax.jit(lambda: search.sample(step, Cache((), (8,)), limits([7]), keys, samples=5, **settings))()
+    alone = jax.jit(lambda: search.sample(step, Cache((), 8), limits([7]), keys, samples=5, **settings))()
     np.testing.assert_array_equal(alone.tokens_BWT[0], found.tokens_BWT[2])
     texts = {tuple(said(found, i, j)) for i in range(4) for j in range(5)}
     assert len(texts) > 15

@@ -1,8 +1,10 @@
 """Lines in, lines out: what the translator itself does, with an echo for a model, and both together."""
 
+import dataclasses
 import itertools
 import logging
 import operator
+import queue
 import random
 
 import jax
@@ -53,7 +55,9 @@ class Echo:
     """A decoder that says what it is given, with 1 nat lost a token, and keeps what it was given."""
 
     def __init__(self, source_lengths=(8, 24), rows: int = 3):
-        self.buckets = [Bucket(rows, length) for length in source_lengths]
+        self.buckets = [Bucket(rows, length, length) for length in source_lengths]
+        self.long_buckets = [Bucket(1, length, 2 * length) for length in source_lengths]
+        self.given_up: set[int] = set()  # lengths of sentences that are, at first
         self.batches: list[tuple[Bucket, list[list[int]]]] = []
 
     def decode(self, bucket: Bucket, given, prefixes, numbers) -> Hypotheses:
@@ -65,7 +69,10 @@ class Echo:
             assert sentence[-1] == EOS and EOS not in sentence[:-1]
             tokens[row, 0, : len(sentence)] = sentence
             lengths[row] = len(sentence) - 1
-        return Hypotheses(tokens, lengths, -lengths.astype(np.float32))
+        is_whole = np.array(
+            [length + 1 not in self.given_up or bucket in self.long_buckets for length in lengths[:, 0]]
+        )
+        return Hypotheses(tokens, lengths, -lengths.astype(np.float32), is_whole)
 
 
 @pytest.fixture
@@ -178,14 +185,84 @@ def test_a_stream_is_read_a_window_at_a_time_and_lines_are_counted_on(echo, monk
             taken.append(number)
             yield long if number == 6 else f"haus {'tür ' * (number % 3)}"
 
-    stream = echo.stream(endless())
+    found = []
     with caplog.at_level(logging.WARNING):
-        first = [next(stream) for _ in range(4)]
-        assert len(taken) == 4
-        first += [next(stream) for _ in range(2)]
-    assert len(taken) == 8
-    assert first[5].text == long and first[0].text == "haus tür"
-    assert [m.split(" has")[0] for m in caplog.messages] == ["line 6"]
+        for window in echo.windows(endless(), first=101):
+            assert 0 < len(window) <= 4
+            found += window
+            assert len(taken) <= len(found) + 3 * 4 + 1  # one window begun, one in the queue, and a line being read
+            if len(found) >= 8:
+                break
+    assert found[5].text == long and found[0].text == "haus tür"
+    assert [m.split(" has")[0] for m in caplog.messages] == ["line 106"]
+
+
+def test_a_slow_stream_is_answered_line_by_line(echo):
+    """Each line is only said once the one before has been answered, as someone at a terminal does."""
+    answers: queue.Queue[str] = queue.Queue()
+
+    def lines():
+        for line in ("haus", "tür", "baum"):
+            yield line
+            assert answers.get(timeout=10) == line
+
+    for window in echo.windows(lines()):
+        for translation in window:
+            answers.put(translation.text)
+    assert answers.empty()
+
+
+def test_an_error_of_the_stream_comes_after_what_was_there(echo):
+    def lines():
+        yield "haus"
+        raise OSError("unplugged")
+
+    found = []
+    with pytest.raises(OSError, match="unplugged"):
+        for window in echo.windows(lines()):
+            found += window
+    assert [t.text for t in found] == ["haus"]
+
+
+def test_batches_are_of_sentences_of_like_length(echo):
+    """So that none waits long for the others to end."""
+    echo.decoder = Echo(rows=4)
+    echo.translate(sentences(64, most=5))
+    for _, group in grouped(echo.decoder.batches):
+        sizes = [[len(s) for s in batch] for _, batch in group]
+        assert list(itertools.chain(*sizes)) == sorted(itertools.chain(*sizes))
+
+
+def test_what_is_given_up_is_decoded_anew_with_more_room(echo):
+    lines = sentences(30)
+    expected = echo.translate(lines)
+    again = [ids for ids in echo.tokenizer.encode(lines) if len(ids) + 1 in (5, 9)]
+    assert again
+    echo.decoder = Echo()
+    echo.decoder.given_up = {5, 9}
+    assert echo.translate(lines) == expected
+    long = [s[:-1] for bucket, batch in echo.decoder.batches if bucket in echo.decoder.long_buckets for s in batch]
+    assert sorted(long) == sorted(again)
+    assert echo.statistics.again == len(again)
+
+
+def test_prefixes_and_lines_go_together(echo):
+    with pytest.raises(InputError, match="there are fewer prefixes than lines: 1 of both"):
+        echo.translate(["haus", "tür"], ["x"])
+    with pytest.raises(InputError, match=r"line 2: its prefix has \d+ tokens, and its translation may have 5"):
+        echo.translate(["haus", "tür"], ["", "haus " * 40])
+
+
+def test_what_was_done_is_counted(echo):
+    echo.decoder = Echo(rows=4)
+    echo.translate(["haus", "", "tür baum", " ".join(sentences(12))])
+    done = echo.statistics
+    batches = echo.decoder.batches
+    assert done.lines == 4 and done.sentences == sum(len(batch) for _, batch in batches) > 3
+    assert done.source_tokens == sum(len(s) for _, batch in batches for s in batch)
+    assert done.target_tokens == done.source_tokens - done.sentences  # an echo has no end symbol
+    padded = sum(bucket.rows * bucket.length for bucket, _ in batches)
+    assert done.padding == pytest.approx(1 - done.source_tokens / padded)
 
 
 # With a model -------------------------------------------------------------------------------------------------------
@@ -233,7 +310,8 @@ def test_a_translation_depends_neither_on_its_company_nor_on_order(translator, t
 
 def test_no_more_shapes_are_compiled_than_there_are_buckets(translator, translated):
     assert translated
-    assert set(translator.decoder.compile_seconds) == set(translator.decoder.buckets)
+    shapes = {*translator.decoder.buckets, *translator.decoder.long_buckets}
+    assert set(translator.decoder.compile_seconds) <= {("search", bucket) for bucket in shapes}
     assert len(translator.decoder.buckets) == 2
 
 
@@ -245,6 +323,41 @@ def test_eight_devices_translate_as_one(tokenizer, parameters, translated):
     found = sharded.translate(LINES)
     assert [t.text for t in found] == [t.text for t in translated]
     np.testing.assert_allclose([t.log_prob for t in found], [t.log_prob for t in translated], rtol=1e-4, atol=1e-4)
+
+
+def test_the_n_best_of_lines_and_of_their_parts(translator, tokenizer, parameters):
+    model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
+    config = dataclasses.replace(CONFIG, beam_size=3, n_best=3)
+    beams = Translator([model], make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, config)
+    beams.set_parameters(parameters)
+    lines = [LINES[0], "", LINES[-1]]
+    found = beams.translate(lines)
+    assert [len(t.hypotheses) for t in found] == [3, 1, 3]
+    for translation in found:
+        scores = [hypothesis.score for hypothesis in translation.hypotheses]
+        assert scores == sorted(scores, reverse=True) and translation.score == scores[0]
+        assert len({hypothesis.tokens for hypothesis in translation.hypotheses}) == len(scores)
+    for hypothesis in found[0].hypotheses:
+        assert tokenizer.decode([tokenizer.ids(hypothesis.tokens)]) == [hypothesis.text]
+        assert hypothesis.score == pytest.approx(hypothesis.log_prob / ((6 + len(hypothesis.tokens)) / 6) ** 0.6)
+    assert found[0].score >= translator.translate(lines[:1])[0].score - 1e-4
+    whole = found[0].hypotheses
+    scored = beams.score([LINES[0]] * 3, [hypothesis.tokens for hypothesis in whole])
+    for one, other in zip(scored, whole, strict=True):
+        assert one.tokens == other.tokens and len(one.token_log_probs) == len(one.tokens) + 1
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+        assert one.score == pytest.approx(other.score, abs=1e-4)
+        assert sum(one.token_log_probs) == pytest.approx(one.log_prob, abs=1e-4)
+
+
+def test_scores_keep_to_their_lines(translator, caplog):
+    sources = ["haus tür", "", "baum", "weg"]
+    targets = ["tür", "haus", "", " ".join(WORDS * 20)]
+    scored = translator.score(sources, targets)
+    assert [np.isfinite(one.log_prob) for one in scored] == [True, True, True, False]
+    assert scored[2].tokens == () and len(scored[2].token_log_probs) == 1
+    assert caplog.messages[0].startswith("line 4 has ")
+    assert translator.score(sources[:1], targets[:1]) == scored[:1]
 
 
 def test_a_broken_model_still_gives_a_line_for_each_line(translator, parameters):

@@ -1,11 +1,10 @@
-"""Files of lines, in and out: lines end at a newline and nowhere else, and what is written is a whole number of them."""
+"""Files of lines: a line ends at a newline and nowhere else, and what is written is a whole number of them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -130,8 +129,14 @@ def log_rate(translator: Translator, seconds: float) -> None:
     done, compiled = translator.statistics, translator.decoder.compile_seconds
     seconds = max(seconds, 1e-9)
     _log.info(
-        "%s lines in %.1f s: %.1f lines/s, %.0f source and %.0f target tokens/s, %.1f %% of the source side padding; "
-        "%d shapes compiled in %.1f s",
+        "%s lines in %.1f s: %.1f lines/s, %.0f source and %.0f target tokens/s, %.1f %% of the source side padding, "
+        "%.1f %% of the sentences decoded twice; %d shapes compiled in %.1f s",
         *(f"{done.lines:,}", seconds, done.lines / seconds, done.source_tokens / seconds),
-        *(done.target_tokens / seconds, 100 * done.padding, len(compiled), sum(compiled.values())),
+        *(
+            done.target_tokens / seconds,
+            100 * done.padding,
+            100 * done.again / max(done.sentences, 1),
+            len(compiled),
+            sum(compiled.values()),
+        ),
     )

@@ -29,8 +29,8 @@ from tfm.model.transformer import Transformer, abstract_parameters
 _log = logging.getLogger(__name__)
 
 _SHORTEST_BUCKET = 16
-# Positions beyond the source's that the first, short cache has room for; few translations need the long one.
-_USUAL_EXTRA = 8
+# A batch for those that were given up has this part of the rows of another: there are few.
+_LONG_ROWS = 4
 # Target positions whose logits are there at once while given translations are scored.
 _SCORED_AT_ONCE = 1024
 
@@ -40,6 +40,7 @@ class Bucket(NamedTuple):
 
     rows: int
     length: int
+    room: int  # target positions
 
 
 class Rows(NamedTuple):
@@ -73,8 +74,16 @@ class Decoder:
                 "generated: lower it"
             )
         shards = sharding.batch_shards(mesh)
-        self.buckets = _ladder(config, config.max_source_length, shards)
-        self.score_buckets = _ladder(config, config.max_source_length + config.max_extra_tokens, shards)
+        extra = config.max_extra_tokens
+        ladder = _ladder(config, config.max_source_length, shards)
+        self.buckets = [Bucket(rows, length, min(_usual(length), length + extra)) for rows, length in ladder]
+        """For most sentences; one that goes on for longer than usual is given up …"""
+        self.long_buckets = [
+            Bucket(-(-rows // _LONG_ROWS // shards) * shards, length, length + extra) for rows, length in ladder
+        ]
+        """… and decoded anew in the bucket of these that has the same length, so that no other has to wait for it."""
+        ladder = _ladder(config, config.max_source_length + extra, shards)
+        self.score_buckets = [Bucket(rows, length, length) for rows, length in ladder]
         self.compile_seconds: dict[tuple[str, Bucket], float] = {}
         self._compiled: dict[Any, Any] = {}
         self._parameters: Any = None
@@ -110,30 +119,29 @@ class Decoder:
         """Starts to translate up to `bucket.rows` sentences, each ending in EOS; the result is still on the device.
 
         Args:
-          bucket: the shape.
+          bucket: the shape; in one of `buckets`, sentences may be given up.
           sentences: token ids.
-          prefixes: tokens that each translation begins with; none when None.
+          prefixes: tokens that each translation begins with, fewer than `bucket.room`; none when None.
           numbers: with sampling, what makes the draws of one sentence differ from those of another, below 2**32.
         """
-        rows = Rows(_filled(bucket, sentences, PAD))
+        rows = Rows(_filled(bucket[:2], sentences, PAD))
         if prefixes is not None:
-            length = max(bucket.length + self.config.max_extra_tokens, *map(len, prefixes))
-            rows = rows._replace(prefix_BT=_filled((bucket.rows, length), prefixes, -1))
+            rows = rows._replace(prefix_BT=_filled((bucket.rows, bucket.room), prefixes, -1))
         if self.config.sampling:
             number_B = np.zeros(bucket.rows, np.uint32)
             number_B[: len(sentences)] = range(len(sentences)) if numbers is None else numbers
             rows = rows._replace(number_B=number_B)
-        return self._run(self._search, "search", bucket, rows)
+        return self._run(functools.partial(self._search, bucket.room), "search", bucket, rows)
 
     def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
         """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""
-        rows = Rows(_filled(bucket, sources, PAD), target_BT=_filled(bucket, targets, PAD))
+        rows = Rows(_filled(bucket[:2], sources, PAD), target_BT=_filled(bucket[:2], targets, PAD))
         return self._run(self._score, "score", bucket, rows)
 
     def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
         where = sharding.batch_sharding(self.mesh)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), rows)
-        key = (name, *jax.tree.leaves(jax.tree.map(lambda x: x.shape, shapes)), rows.prefix_BT is None)
+        key = (name, bucket, rows.prefix_BT is None)
         if key not in self._compiled:
             start = time.perf_counter()
             program = jax.jit(sharding.per_device(function, self.mesh), in_shardings=(self._shardings, where))
@@ -143,26 +151,22 @@ class Decoder:
             self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + seconds
         return self._compiled[key](self._parameters, jax.device_put(rows, where))
 
-    def _search(self, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
+    def _search(self, room: int, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
         """The whole search for the rows that one device has."""
         c = self.config
         mask_BS = rows.source_BS != PAD
         sizes_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
         # The end symbol is no part of what the limit counts, and a row that only fills the batch has nothing to say.
         most_B = jnp.where(sizes_B > 0, sizes_B - 1 + c.max_extra_tokens, 0)
-        longest = rows.source_BS.shape[1] + c.max_extra_tokens
-        if rows.prefix_BT is not None:
-            most_B = jnp.maximum(most_B, jnp.sum(rows.prefix_BT >= 0, axis=1, dtype=jnp.int32))
-            longest = max(longest, rows.prefix_BT.shape[1] + 1)
-        usual = rows.source_BS.shape[1] + _USUAL_EXTRA
-        lengths = (usual, longest) if usual <= 0.75 * longest else (longest,)
+        # By its own length, not by the bucket's or by its batch-mates': what becomes of a sentence depends on it alone.
+        patience_B = room if room == rows.source_BS.shape[1] + c.max_extra_tokens else _usual(sizes_B)
+        limits = search.Limits(jnp.minimum(c.min_length, most_B), most_B, patience_B, rows.prefix_BT)
         beams = c.n_best if c.sampling else c.beam_size
-        limits = search.Limits(jnp.minimum(c.min_length, most_B), most_B, rows.prefix_BT)
         start = tuple(
-            transformer.start_decoding(model, tree, rows.source_BS, mask_BS, beams=beams, length=lengths[0])
+            transformer.start_decoding(model, tree, rows.source_BS, mask_BS, beams=beams, length=room)
             for model, tree in zip(self.models, parameters, strict=True)
         )
-        cache = search.Cache(start, lengths, _each(transformer.grow_cache), _each(transformer.reorder_beams))
+        cache = search.Cache(start, room, self._reorder)
         step = functools.partial(self._step, parameters)
         if c.sampling:
             keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(c.sampling_seed), number))(rows.number_B)
@@ -188,6 +192,9 @@ class Decoder:
             for model, tree, cache in zip(self.models, parameters, caches, strict=True)
         ]
         return self._together([logits_BWV for logits_BWV, _ in results]), tuple(cache for _, cache in results)
+
+    def _reorder(self, caches: tuple[Any, ...], parents_BW: jax.Array) -> tuple[Any, ...]:
+        return tuple(transformer.reorder_beams(cache, parents_BW) for cache in caches)
 
     def _together(self, logits: Sequence[jax.Array]) -> jax.Array:
         """Logits of all models as one, without what is banned."""
@@ -221,9 +228,9 @@ class Decoder:
         return jnp.where(target_BT == PAD, 0.0, log_probs_BT)
 
 
-def _each(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one model's cache as one of all models' caches."""
-    return lambda caches, *args: tuple(function(cache, *args) for cache in caches)
+def _usual(length: Any) -> Any:
+    """Target positions that suffice for nearly all translations of a source of that length, and for the search."""
+    return length + length // 4 + 8
 
 
 def _filled(shape: tuple[int, int], sequences: Sequence[Sequence[int]], value: int) -> np.ndarray:
@@ -241,12 +248,12 @@ def bucket_of(buckets: Sequence[Bucket], length: int) -> Bucket:
     raise ValueError(f"{length} tokens, and the longest bucket has {buckets[-1].length}")
 
 
-def _ladder(config: DecodingConfig, longest: int, shards: int) -> list[Bucket]:
-    """Powers of two up to the longest sentence, each with as many rows as the token budget has room for."""
+def _ladder(config: DecodingConfig, longest: int, shards: int) -> list[tuple[int, int]]:
+    """(rows, length): powers of two up to the longest, each with as many rows as the token budget has room for."""
     lengths = []
     length = _SHORTEST_BUCKET
     while length < longest:
         lengths.append(length)
         length *= 2
     lengths.append(longest)
-    return [Bucket(max(1, config.tokens_per_batch // n // shards) * shards, n) for n in lengths]
+    return [(max(1, config.tokens_per_batch // n // shards) * shards, n) for n in lengths]

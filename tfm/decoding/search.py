@@ -26,6 +26,7 @@ class Hypotheses(NamedTuple):
     tokens_BWT: jax.Array  # int32; the end symbol and what follows it are `eos`
     lengths_BW: jax.Array  # int32; tokens before the end symbol
     log_probs_BW: jax.Array  # float32; log-probability of the tokens and the end symbol
+    is_whole_B: jax.Array  # bool; False where the search was given up, and the rest means nothing
 
 
 class Limits(NamedTuple):
@@ -33,6 +34,7 @@ class Limits(NamedTuple):
 
     least_B: jax.Array  # int32; tokens that a hypothesis has at least, the end symbol not counted
     most_B: jax.Array  # int32; and at most
+    patience_B: jax.Array | int  # int32; steps after which a sentence that still goes on is given up
     prefix_BT: jax.Array | None = None  # int32; tokens that every hypothesis begins with; -1 where it is free
 
 
@@ -41,11 +43,10 @@ def _as_it_is(cache: Any, _: Any) -> Any:
 
 
 class Cache(NamedTuple):
-    """What the step function remembers, and the two things that a search asks of it; it never looks inside."""
+    """What the step function remembers, and what a search asks of it; it never looks inside."""
 
-    start: Any  # of no token yet, with room for `lengths[0]` positions
-    lengths: tuple[int, ...]  # positions, growing; the last has room for the longest hypothesis and its end symbol
-    grow: Callable[[Any, int], Any] = _as_it_is  # the cache with room for so many positions
+    start: Any  # of no token yet
+    length: int  # positions that it has room for: enough for the longest hypothesis and its end symbol, or for patience
     reorder: Callable[[Any, jax.Array], Any] = _as_it_is  # the cache of new beams, given the parents [B, W] of each
 
 
@@ -130,8 +131,10 @@ def sample(
 
     found = _walk(step_fn, cache, limits, choose, walks=samples, bos=bos, eos=eos)
     order_BW = jnp.argsort(-found.log_probs_BW, axis=1)
-    return jax.tree.map(
-        lambda x: jnp.take_along_axis(x, order_BW.reshape(order_BW.shape + (1,) * (x.ndim - 2)), axis=1), found
+    return found._replace(
+        tokens_BWT=jnp.take_along_axis(found.tokens_BWT, order_BW[..., None], axis=1),
+        lengths_BW=jnp.take_along_axis(found.lengths_BW, order_BW, axis=1),
+        log_probs_BW=jnp.take_along_axis(found.log_probs_BW, order_BW, axis=1),
     )
 
 
@@ -149,7 +152,7 @@ def _walk(
 
     `choose` is given the logits [B, W, V], their `maxima`, whether sentences may end here [B], and the position.
     """
-    batch, length = limits.most_B.shape[0], cache.lengths[-1]
+    batch, length = limits.most_B.shape[0], cache.length
 
     def step(state: _Walk) -> _Walk:
         position = state.position
@@ -174,7 +177,7 @@ def _walk(
         )
 
     def ended(state: _Walk) -> jax.Array:
-        return jnp.all(state.finished_BW)
+        return jnp.all(state.finished_BW, axis=1)
 
     start = _Walk(
         jnp.zeros((), jnp.int32),
@@ -184,10 +187,10 @@ def _walk(
         jnp.zeros((batch, walks)),
         cache.start,
     )
-    end = _run(step, ended, start, cache)
+    end = _run(step, ended, start, limits, length)
     tokens_BWT = end.tokens_TBW.transpose(1, 2, 0)
     lengths_BW = jnp.sum(jnp.cumprod((tokens_BWT != eos).astype(jnp.int32), axis=2), axis=2)
-    return Hypotheses(tokens_BWT, lengths_BW, end.log_probs_BW)
+    return Hypotheses(tokens_BWT, lengths_BW, end.log_probs_BW, ended(end))
 
 
 # Beam search ----------------------------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def beam(
       alpha: of the length penalty; 0 is none.
       bos, eos: as for `greedy`.
     """
-    batch, length = limits.most_B.shape[0], cache.lengths[-1]
+    batch, length = limits.most_B.shape[0], cache.length
     longest_penalty_B = length_penalty(limits.most_B + 1, alpha)
 
     def step(state: _Beams) -> _Beams:
@@ -302,9 +305,9 @@ def beam(
         jnp.zeros((batch,), bool),
         cache.start,
     )
-    end = _run(step, lambda state: jnp.all(state.done_B), start, cache)
+    end = _run(step, lambda state: state.done_B, start, limits, length)
     tokens_BRT = _read_back(end, eos)
-    return Hypotheses(tokens_BRT, end.found_BR.lengths, end.found_BR.log_probs)
+    return Hypotheses(tokens_BRT, end.found_BR.lengths, end.found_BR.log_probs, end.done_B)
 
 
 def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Array, _Found]:
@@ -338,12 +341,13 @@ def _read_back(end: _Beams, eos: int) -> jax.Array:
 # Of all searches ------------------------------------------------------------------------------------------------------
 
 
-def _run(step: Callable[[Any], Any], ended: Callable[[Any], jax.Array], state: Any, cache: Cache) -> Any:
-    """Steps until all is over. A loop for each length of the cache, since a short one costs less to attend to."""
-    for length in cache.lengths:
-        state = dataclasses.replace(state, cache=cache.grow(state.cache, length))
-        state = jax.lax.while_loop(lambda s, length=length: (s.position < length) & ~ended(s), step, state)
-    return state
+def _run(step: Callable[[Any], Any], ended: Callable[[Any], jax.Array], state: Any, limits: Limits, length: int) -> Any:
+    """Steps until every sentence has ended or is given up."""
+
+    def goes_on(state: Any) -> jax.Array:
+        return (state.position < length) & jnp.any(~ended(state) & (state.position < limits.patience_B))
+
+    return jax.lax.while_loop(goes_on, step, state)
 
 
 def _prefix_at(position: jax.Array, limits: Limits) -> jax.Array:

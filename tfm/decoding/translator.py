@@ -84,6 +84,7 @@ class Statistics:
 
     lines: int = 0
     sentences: int = 0  # a line that was cut is several
+    again: int = 0  # of these, decoded a second time, since they went on for longer than usual
     source_tokens: int = 0
     padded_tokens: int = 0  # source tokens, with the padding of the compiled shapes
     target_tokens: int = 0
@@ -213,38 +214,55 @@ class Translator:
     ) -> tuple[int, list[_Piece], list[_Started]]:
         """Has the devices begin with a window: (number of its lines, its pieces, what was begun)."""
         pieces = self._pieces(window, first, has_prefixes)
+        # What begins with a prefix may well go on for longer than its source lets expect.
+        shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
+        return len(window), pieces, self._decode(shapes, pieces, range(len(pieces)), has_prefixes)
+
+    def _decode(
+        self, shapes: Sequence[Bucket], pieces: Sequence[_Piece], which: Iterable[int], has_prefixes: bool
+    ) -> list[_Started]:
+        """Has the devices begin with some pieces, in their buckets."""
         buckets: dict[Bucket, list[int]] = defaultdict(list)
-        for index, piece in enumerate(pieces):
-            buckets[bucket_of(self.decoder.buckets, len(piece.ids))].append(index)
+        for index in which:
+            buckets[bucket_of(shapes, len(pieces[index].ids))].append(index)
         started: list[_Started] = []
         for bucket, members in sorted(buckets.items()):
             # Those of one length end together, or nearly so: none waits long for the others of its batch.
             members.sort(key=lambda index: len(pieces[index].ids))
             for at in range(0, len(members), bucket.rows):
                 batch = members[at : at + bucket.rows]
+                sentences = [pieces[i].ids for i in batch]
                 prefixes = [pieces[i].prefix for i in batch] if has_prefixes else None
-                numbers = [pieces[i].number for i in batch]
-                hypotheses = self.decoder.decode(bucket, [pieces[i].ids for i in batch], prefixes, numbers)
+                hypotheses = self.decoder.decode(bucket, sentences, prefixes, [pieces[i].number for i in batch])
                 started.append((batch, hypotheses))
-                self._count(bucket, [pieces[i].ids for i in batch])
-        return len(window), pieces, started
+                self._count(bucket, sentences)
+        return started
 
     def _finish(self, lines: int, pieces: Sequence[_Piece], started: Sequence[_Started]) -> list[Translation]:
-        """Waits for a window."""
+        """Waits for a window; what was given up is decoded anew, with more room."""
+        given_up = [
+            index
+            for batch, hypotheses in started
+            for index, is_whole in zip(batch, np.asarray(hypotheses.is_whole_B), strict=False)
+            if not is_whole
+        ]
+        again = self._decode(self.decoder.long_buckets, pieces, given_up, has_prefixes=False)
         found: list[list[Hypothesis]] = [[] for _ in pieces]
-        for batch, hypotheses in started:
+        for batch, hypotheses in (*started, *again):
             for index, its in zip(batch, self._hypotheses(hypotheses, len(batch)), strict=True):
                 found[index] = its
         of_lines: list[list[list[Hypothesis]]] = [[] for _ in range(lines)]
         for piece, hypotheses in zip(pieces, found, strict=True):
             of_lines[piece.line].append(hypotheses)
         self.statistics.lines += lines
+        self.statistics.sentences += len(pieces)
+        self.statistics.again += len(given_up)
         return [Translation(_joined(parts)) for parts in of_lines]
 
     def _hypotheses(self, hypotheses: Hypotheses, rows: int) -> Iterator[list[Hypothesis]]:
         """The hypotheses of each row of a batch, as text; the first always, others if there are any."""
-        tokens, lengths, log_probs = (np.asarray(part)[:rows] for part in hypotheses)
-        is_there = np.isfinite(log_probs)
+        tokens, lengths, log_probs, is_whole = (np.asarray(part)[:rows] for part in hypotheses)
+        is_there = np.isfinite(log_probs) & is_whole[:, None]
         is_there[:, 0] = True
         rows_and_ranks = np.argwhere(is_there)
         ids = [tokens[row, rank, : lengths[row, rank]].tolist() for row, rank in rows_and_ranks]
@@ -253,14 +271,13 @@ class Translator:
             log_prob = float(log_probs[row, rank])
             pieces = tuple(self.tokenizer.pieces(its))
             found[row].append(Hypothesis(text, pieces, log_prob, log_prob / self._penalty(len(its))))
-        self.statistics.target_tokens += sum(map(len, ids))
+        self.statistics.target_tokens += int(np.sum(lengths[is_whole, 0]))
         yield from found
 
     def _penalty(self, tokens: int) -> float:
         return ((5 + tokens + 1) / 6) ** self.config.length_penalty
 
     def _count(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> None:
-        self.statistics.sentences += len(sentences)
         self.statistics.source_tokens += sum(map(len, sentences))
         self.statistics.padded_tokens += bucket.rows * bucket.length
 
@@ -278,11 +295,10 @@ class Translator:
                     "line %d has %d tokens, more than decoding.max_source_length=%d: translated in %d pieces",
                     *(number, len(ids), self.config.max_source_length, len(parts)),
                 )
-            if len(prefix) > room + self.config.max_extra_tokens:
+            if parts and len(prefix) > (most := len(parts[0]) + self.config.max_extra_tokens):
                 raise InputError(
-                    f"line {number}: its prefix has {len(prefix)} tokens, more than the {room} of "
-                    f"decoding.max_source_length and the {self.config.max_extra_tokens} of decoding.max_extra_tokens: "
-                    "shorten it, or raise one of them"
+                    f"line {number}: its prefix has {len(prefix)} tokens, and its translation may have {most}, the "
+                    "source's and decoding.max_extra_tokens: shorten the one or raise the other"
                 )
             for part, part_ids in enumerate(parts):
                 seed = zlib.crc32(f"{number} {part}".encode())
@@ -345,6 +361,7 @@ class Translator:
                 scored[index] = Scored(pieces, tuple(values.tolist()), total, total / self._penalty(length - 1))
                 self.statistics.target_tokens += length - 1
         self.statistics.lines += len(window)
+        self.statistics.sentences += len(window)
         return scored
 
 

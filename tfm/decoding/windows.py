@@ -17,11 +17,11 @@ _PATIENCE = 0.02
 class Windows(Generic[T]):
     """Windows of at most `size` items of a stream, of which at most two windows are held. Close it when done.
 
-    An exception of the stream is raised once the items before it have been taken.
+    An exception of the stream is raised by the first waiting `take` after all the items before it.
     """
 
     def __init__(self, items: Iterable[T], size: int):
-        self.ended = False
+        self._ended = False
         self._size = size
         self._queue: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(size)
         self._error: BaseException | None = None
@@ -45,11 +45,16 @@ class Windows(Generic[T]):
             except queue.Full:
                 continue
 
+    @property
+    def ended(self) -> bool:
+        """Has everything been taken?"""
+        return self._ended and self._error is None
+
     def take(self, wait: bool) -> list[T]:
         """The items that are there, in their order; waits for the first of them if asked to. Empty at the end, too."""
         taken: list[T] = []
         patience = None if wait else 0.0
-        while len(taken) < self._size and not self.ended:
+        while len(taken) < self._size and not self._ended:
             try:
                 item = self._queue.get(block=patience != 0.0, timeout=patience)
             except queue.Empty:
@@ -58,8 +63,8 @@ class Windows(Generic[T]):
                 taken.append(item[0])
                 patience = _PATIENCE
             else:
-                self.ended, self._error = True, item
-        if not taken and self._error is not None:
+                self._ended, self._error = True, item
+        if wait and not taken and self._error is not None:
             error, self._error = self._error, None
             raise error
         return taken

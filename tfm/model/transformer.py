@@ -238,21 +238,6 @@ def reorder_beams(cache: DecodeCache, parents_BW: jax.Array) -> DecodeCache:
     return cache._replace(ancestors_BTW=jnp.take_along_axis(cache.ancestors_BTW, parents_BW[:, None], axis=2))
 
 
-def grow_cache(cache: DecodeCache, length: int) -> DecodeCache:
-    """The cache with room for `length` positions. A short one is read sooner, and most translations never need more."""
-
-    def longer(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
-
-    layers = tuple(
-        layer._replace(
-            self_keys_BHTWK=longer(layer.self_keys_BHTWK, 2), self_values_BHTWK=longer(layer.self_values_BHTWK, 2)
-        )
-        for layer in cache.layers
-    )
-    return cache._replace(layers=layers, ancestors_BTW=longer(cache.ancestors_BTW, 1))
-
-
 def decode_forced(
     model: Transformer,
     unstacked: Parameters,
