@@ -34,5 +34,5 @@ def get_config() -> Config:
             target_tokens_per_batch=24_576,  # 96 rows of 256, which divide over 8, 16 or 32 devices; the paper: 25,000
             label_smoothing=0.1,
         ),
-        decoding=DecodingConfig(length_penalty=0.6, max_extra_tokens=50),
+        decoding=DecodingConfig(beam_size=4, length_penalty=0.6, max_extra_tokens=50),
     )

@@ -38,5 +38,5 @@ def get_config() -> Config:
             checkpoint_every=350,
             evaluate_sentences=200,
         ),
-        decoding=DecodingConfig(max_source_length=128, tokens_per_batch=4096),
+        decoding=DecodingConfig(beam_size=1, max_source_length=128, tokens_per_batch=4096),
     )

@@ -40,5 +40,5 @@ def get_config() -> Config:
             evaluate_every=3000,
             keep_last=5,
         ),
-        decoding=DecodingConfig(length_penalty=0.6, max_extra_tokens=50, average="last:5"),
+        decoding=DecodingConfig(beam_size=4, length_penalty=0.6, max_extra_tokens=50, average="last:5"),
     )

@@ -1,9 +1,12 @@
 """The environment of every test: eight simulated devices, strict shapes, nothing of the user's own; and tiny runs."""
 
+import atexit
 import dataclasses
 import os
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +24,14 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 # A [B, T] added to a [T] by accident is an error. Strict dtype promotion would be good to have, but optax.adam and
 # flax.linen.LayerNorm in bfloat16 do not stand it.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# A program that another run has compiled would hide what is compiled here, and how often.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# The same tiny programs come up in many tests and processes: each is compiled once a session, and never taken from one
+# before it.
+if "TFM_TEST_CACHE" not in os.environ:  # in the first process, which those of pytest-xdist are started from
+    os.environ["TFM_TEST_CACHE"] = tempfile.mkdtemp(prefix="tfm-tests-")
+    atexit.register(shutil.rmtree, os.environ["TFM_TEST_CACHE"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TFM_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.pop("TFDS_DATA_DIR", None)
 
 _WORDS = ("red", "blue", "green", "gold", "black", "white")
@@ -66,7 +74,7 @@ def tiny_config(reversal: Path) -> Callable[..., tfm_config.Config]:
             evaluate_every=1000,
             evaluate_sentences=4,
         ),
-        decoding=tfm_config.DecodingConfig(max_source_length=16, tokens_per_batch=256, max_extra_tokens=4),
+        decoding=tfm_config.DecodingConfig(beam_size=1, max_source_length=16, tokens_per_batch=256, max_extra_tokens=4),
     )
 
     def make(changes: dict[str, object] | None = None) -> tfm_config.Config:

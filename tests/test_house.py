@@ -167,7 +167,8 @@ def test_every_module_has_its_tests(module):
         "commands/train.py": "test_end_to_end.py",
         "commands/demo.py": "test_end_to_end.py",
         **dict.fromkeys(
-            ("commands/prepare.py", "commands/translate.py", "commands/evaluate.py"), "commands/test_run_commands.py"
+            (f"commands/{name}.py" for name in ("prepare", "translate", "score", "evaluate")),
+            "commands/test_run_commands.py",
         ),
     }
     mirrored = ROOT / "tests" / tests.get(module.as_posix(), module.with_name(f"test_{module.name}"))
@@ -192,7 +193,7 @@ def test_the_environment_holds_eight_devices_and_strict_shapes():
 
     assert jax.device_count() == 8
     assert jax.config.jax_numpy_rank_promotion == "raise"
-    assert jax.config.jax_enable_compilation_cache is False
+    assert jax.config.jax_compilation_cache_dir == os.environ["TFM_TEST_CACHE"]
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 

@@ -21,7 +21,7 @@ from tfm.model.transformer import Transformer
 from tfm.training.step import Trainer
 
 ROOT = Path(__file__).parents[1]
-STEPS = 60
+STEPS = 36
 CONFIG = """
 from pathlib import Path
 from tfm.config import from_json
@@ -33,7 +33,7 @@ def get_config():
 CHANGES = {
     **{"model.attention_dropout_rate": 0.1, "model.activation_dropout_rate": 0.1, "optimizer.ema_decay": 0.9},
     **{"mesh.data": 1, "mesh.fsdp": 2, "training.gradient_accumulation": 2, "data.window_pairs": 500},
-    **{"training.steps": STEPS, "training.checkpoint_every": 4, "training.evaluate_every": 30},
+    **{"training.steps": STEPS, "training.checkpoint_every": 4, "training.evaluate_every": STEPS // 2},
 }
 
 
@@ -120,7 +120,7 @@ def uninterrupted(config_path, tmp_path_factory) -> Path:
     process = Process(config_path, tmp_path_factory.mktemp("uninterrupted") / "run")
     assert process.status() == 0, process.errors
     assert [event["step"] for event in numbers(process.workdir, "train")] == list(range(1, STEPS + 1))
-    assert [event["step"] for event in numbers(process.workdir, "validation")] == [30, 60]
+    assert [event["step"] for event in numbers(process.workdir, "validation")] == [STEPS // 2, STEPS]
     return process.workdir
 
 
@@ -132,7 +132,7 @@ def killed(config_path, uninterrupted, tmp_path_factory) -> Path:
     seed = random.SystemRandom().randrange(2**32)
     print("seed of the steps to be killed at:", seed)
     generator = random.Random(seed)
-    for first, last in ((1, 15), (18, 33), (36, 50)):
+    for first, last in ((1, 9), (12, 20), (23, 30)):
         process = Process(config_path, workdir)
         process.signal_at(generator.randint(first, last), signal.SIGKILL)
         assert process.status() == -signal.SIGKILL
@@ -168,7 +168,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(uninterrupted, con
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted / "store", workdir / "store")
     stopped = 0
-    for number, step, status in ((signal.SIGTERM, 5, 143), (signal.SIGINT, 17, 130)):
+    for number, step, status in ((signal.SIGTERM, 5, 143), (signal.SIGINT, 13, 130)):
         process = Process(config_path, workdir)
         process.signal_at(step, number)
         assert process.status() == status, process.errors

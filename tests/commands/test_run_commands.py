@@ -1,4 +1,4 @@
-"""`prepare`, `translate` and `evaluate` as a user types them, on a run of a few steps."""
+"""`prepare`, `translate`, `score` and `evaluate` as a user types them, on a run of a few steps."""
 
 import io
 import json
@@ -72,7 +72,13 @@ def test_files_give_what_the_pipe_gives(trained, monkeypatch, capsysbinary, tmp_
     [
         (["--workdir=nowhere"], ["nowhere", "config.json"]),
         (["--workdir={trained}", "--input=nowhere/source"], ["nowhere/source", "cannot be opened"]),
-        (["--workdir={trained}", "--output=nowhere/target"], ["nowhere/target", "cannot be opened"]),
+        (["--workdir={trained}", "--output=nowhere/target"], ["nowhere/target", "cannot be written"]),
+        (["--workdir={trained}", "--resume"], ["--resume", "--output"]),
+        (["--workdir={trained}", "--decoding.n_best=2"], ["decoding.n_best=2", "decoding.beam_size=1"]),
+        (["--workdir={trained}", "--decoding.beam_size=400"], ["decoding.beam_size=400", "tokens"]),
+        (["--workdir={trained}", "--decoding.sampling_top_k=5"], ["sampling_top_k=5", "decoding.sampling=True"]),
+        (["--workdir={trained}", "--ensemble=nowhere"], ["nowhere", "config.json"]),
+        (["--workdir={trained}", "--ensemble={trained}@7"], ["step 7", "there are: 4"]),
         (["--workdir={trained}", "--checkpoint=3"], ["step 3", "there are: 4"]),
         (["--workdir={trained}", "--checkpoint=newest"], ["newest", "last:N or best:N"]),
         (["--workdir={trained}", "--decoding.beam_size=0"], ["decoding.beam_size=0"]),
@@ -86,6 +92,59 @@ def test_wrong_arguments_end_with_one_line(trained, monkeypatch, capsysbinary, a
     lines = [line for line in err.split("\n") if "error:" in line]
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_an_interrupted_translation_is_continued(trained, monkeypatch, capsysbinary, tmp_path):
+    source = b"".join(b"red blue %d\n" % number for number in range(7))
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert translate(monkeypatch, capsysbinary, source, f"--workdir={trained}", f"--output={whole}")[0] == 0
+    lines = whole.read_bytes().split(b"\n")
+    part.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:2])
+    argv = (f"--workdir={trained}", f"--output={part}", "--resume")
+    assert translate(monkeypatch, capsysbinary, source, *argv)[0] == 0
+    assert part.read_bytes() == whole.read_bytes()
+    assert translate(monkeypatch, capsysbinary, source, *argv)[0] == 0  # and there is no more to do
+    assert part.read_bytes() == whole.read_bytes()
+    status, _, err = translate(monkeypatch, capsysbinary, b"red\n", *argv)
+    assert status == 2 and "has 7 lines, more than there are to translate" in err
+
+
+def test_json_lines_hold_all_translations_and_score_agrees(trained, monkeypatch, capsysbinary, tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"red blue green\n\nblack\n")
+    argv = [f"--workdir={trained}", "--decoding.beam_size=3", "--decoding.n_best=2", "--format=jsonl"]
+    found = tmp_path / "found.jsonl"
+    assert main(["translate", *argv, f"--input={source}", f"--output={found}"]) == 0
+    translated = [json.loads(line) for line in found.read_bytes().split(b"\n")[:-1]]
+    assert [one["line"] for one in translated] == [1, 2, 3]
+    assert [len(one["translations"]) for one in translated] == [2, 1, 2]
+    capsysbinary.readouterr()
+    assert main(["score", f"--workdir={trained}", f"--source={source}", f"--target={found}"]) == 0
+    scores = [float(line) for line in capsysbinary.readouterr().out.split(b"\n")[:-1]]
+    for index in (0, 2):
+        assert scores[index] == pytest.approx(translated[index]["translations"][0]["log_prob"], abs=1e-4)
+    assert main(["score", *argv[:1], f"--source={source}", f"--target={source}", "--format=jsonl"]) == 0
+    scored = [json.loads(line) for line in capsysbinary.readouterr().out.split(b"\n")[:-1]]
+    for one in scored:
+        assert sum(one["token_log_probs"]) == pytest.approx(one["log_prob"], abs=1e-4)
+        assert len(one["token_log_probs"]) == len(one["tokens"]) + 1
+
+
+def test_score_names_what_it_cannot_score(trained, capsys, tmp_path):
+    (tmp_path / "two").write_bytes(b"red\nblue\n")
+    (tmp_path / "one.jsonl").write_bytes(b"{}\n")
+    argv = ["score", f"--workdir={trained}", f"--target={tmp_path / 'one.jsonl'}"]
+    assert main([*argv, f"--source={tmp_path / 'two'}"]) == 2
+    assert "two has 2 lines and" in capsys.readouterr().err
+    assert main([*argv, f"--source={tmp_path / 'one.jsonl'}"]) == 2
+    assert "one.jsonl:1: not a line of `translate --format=jsonl`" in capsys.readouterr().err
+
+
+def test_a_model_alone_and_twice_translate_alike(trained, monkeypatch, capsysbinary):
+    source = b"red blue\ngreen gold black\n"
+    once = translate(monkeypatch, capsysbinary, source, f"--workdir={trained}")
+    twice = translate(monkeypatch, capsysbinary, source, f"--workdir={trained}", f"--ensemble={trained}@last")
+    assert once[:2] == twice[:2]
 
 
 def test_a_run_without_a_checkpoint_is_named(trained, monkeypatch, capsysbinary, tmp_path):

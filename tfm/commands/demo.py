@@ -25,11 +25,13 @@ class Arguments:
 def main(argv: list[str]) -> int:
     started = time.perf_counter()
     arguments, config = parse("demo", argv, Arguments)
+    from tfm import sharding
     from tfm.data import demo_corpus
     from tfm.decoding.scores import corpus_scores
     from tfm.decoding.translator import Translator
     from tfm.training.loop import train
 
+    sharding.use_compilation_cache()  # what validation has compiled translates the test set
     status = train(config, arguments.workdir)
     if status:
         return status

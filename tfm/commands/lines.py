@@ -54,7 +54,7 @@ class Output:
         if path is None:
             return
         try:
-            self._file = path.open("r+b" if resume and path.exists() else "xb", buffering=0)
+            self._file = path.open("r+b" if resume and path.exists() else "x+b", buffering=0)
             self._whole = 0
             if resume:
                 self._count()

@@ -1,0 +1,94 @@
+"""Lines in and out of files: whole ones, whatever happens."""
+
+import io
+import json
+import os
+from contextlib import ExitStack
+
+import pytest
+
+from tfm.commands.lines import Output, json_line, opened, text_lines
+from tfm.config import InputError
+
+
+def test_lines_end_at_a_newline_and_nowhere_else():
+    content = "a\u2028b\n\n c\x85\rd \n".encode() + b"\xff\0\nlast"
+    assert list(text_lines(io.BytesIO(content))) == ["a\u2028b", "", " c\x85\rd ", "\ufffd\0", "last"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with ExitStack() as stack, pytest.raises(InputError, match="nowhere: cannot be opened: No such file"):
+        opened(tmp_path / "nowhere", stack)
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path):
+    path = tmp_path / "out"
+    with Output(path) as output:
+        output.write(["a", "ä\u2028"])
+        output.write([])
+        assert output.lines == 2
+    assert path.read_bytes() == "a\nä\u2028\n".encode()
+    with pytest.raises(InputError, match=r"out: exists already: .* --resume"):
+        Output(path)
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        Output(tmp_path / "nowhere" / "out")
+
+
+@pytest.mark.parametrize(("there", "lines"), [(b"", 0), (b"a\nb\n", 2), (b"a\nb\nhalf a li", 2), (b"half", 0)])
+def test_resuming_goes_on_behind_the_last_whole_line(tmp_path, there, lines):
+    path = tmp_path / "out"
+    path.write_bytes(there)
+    with Output(path, resume=True) as output:
+        assert output.lines == lines
+        output.write(["c"])
+        assert output.lines == lines + 1
+    assert path.read_bytes() == there[: there.rfind(b"\n") + 1] + b"c\n"
+
+
+def test_resuming_what_was_never_begun_begins(tmp_path):
+    with Output(tmp_path / "out", resume=True) as output:
+        output.write(["a"])
+    assert (tmp_path / "out").read_bytes() == b"a\n"
+
+
+class Stubborn(io.FileIO):
+    """A file that takes seven bytes at a time, and after `room` bytes none: a disk that is full, or Ctrl-C."""
+
+    def __init__(self, path, room: int, error: BaseException):
+        super().__init__(path, "r+")
+        self.room, self.error = room, error
+
+    def write(self, content):
+        part = bytes(content[: min(7, self.room)])
+        if not part:
+            raise self.error
+        self.room -= len(part)
+        return super().write(part)
+
+
+@pytest.mark.parametrize("error", [OSError(28, os.strerror(28)), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_half_a_line_is_taken_back(tmp_path, error):
+    path = tmp_path / "out"
+    with Output(path) as output:
+        output.write(["whole"])
+        output._file.close()
+        output._file = Stubborn(path, 20, error)
+        output._file.seek(6)
+        with pytest.raises((InputError, KeyboardInterrupt)) as caught:
+            output.write(["x" * 10, "y" * 30])
+    assert path.read_bytes() == b"whole\n"
+    if isinstance(error, OSError):
+        assert "No space left" in str(caught.value) and "its first 1 lines are whole" in str(caught.value)
+
+
+def test_a_json_line_is_one_line_and_json():
+    value = {
+        "text": "a\u2028b\u0085c\nd",
+        "score": float("-inf"),
+        "tokens": ("ä", "\u2029"),
+        "all": [float("nan"), 1.5],
+    }
+    line = json_line(value)
+    assert len(line.splitlines()) == 1 and "ä" in line
+    expected = {"text": "a\u2028b\u0085c\nd", "score": None, "tokens": ["ä", "\u2029"], "all": [None, 1.5]}
+    assert json.loads(line) == expected

@@ -1,0 +1,38 @@
+"""Long lines in pieces: none too long, none needlessly short, no character lost."""
+
+import random
+
+import pytest
+
+from tfm.data.tokenizer import Tokenizer, train_tokenizer
+from tfm.decoding.cutting import cut
+
+WORDS = ["haus", "tür", "baum", "weg", "see", "alt", "groß", "läuft"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(WORDS, k=5)) + "." for _ in range(300)]
+    return train_tokenizer(lines, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 320)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_fit_and_hold_all_that_the_line_holds(tokenizer, seed):
+    generator = random.Random(seed)
+    parts = [*WORDS, "x" * 90, "🙂" * 20, ".", "! ", "?", "…", "。", "\u00a0", "  "]
+    line = "".join(generator.choice(parts) + generator.choice(["", " "]) for _ in range(generator.randint(1, 200)))
+    room = generator.choice([7, 23, 60])
+    pieces = list(cut(line, tokenizer, room))
+    assert all(0 < len(piece) <= room for piece in pieces)
+    text = "".join(tokenizer.decode(pieces))
+    assert "".join(text.split()) == "".join(line.split())
+
+
+def test_a_line_of_a_hundred_thousand_characters(tokenizer):
+    line = "haus tür. " * 10_000
+    pieces = list(cut(line, tokenizer, 50))
+    texts = tokenizer.decode(pieces)
+    assert all(text.endswith(".") for text in texts)  # between sentences
+    assert " ".join(texts) == line.strip()
+    assert sum(map(len, pieces)) / len(pieces) > 40
