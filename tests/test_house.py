@@ -155,6 +155,8 @@ def test_every_package_is_shipped():
 def test_every_module_has_its_tests(module):
     tests = {
         "__main__.py": "test_house.py",
+        "config_checks.py": "test_config.py",
+        "decoding/translation.py": "decoding/test_translator.py",
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
         "data/shards.py": "data/test_store.py",

@@ -17,7 +17,8 @@ from tfm.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from tfm.decoding import translator as module
 from tfm.decoding.decoder import Bucket, bucket_of
 from tfm.decoding.search import Hypotheses
-from tfm.decoding.translator import Hypothesis, Translation, Translator
+from tfm.decoding.translation import Hypothesis, Translation
+from tfm.decoding.translator import Translator
 from tfm.model.transformer import Transformer, init_parameters
 from tfm.sharding import make_mesh
 

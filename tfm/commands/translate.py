@@ -14,7 +14,7 @@ from tfm.commands.options import parse
 from tfm.config import InputError
 
 if TYPE_CHECKING:
-    from tfm.decoding.translator import Translation
+    from tfm.decoding.translation import Translation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.cutting import cut
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
 from tfm.decoding.search import Hypotheses
+from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation
 from tfm.decoding.windows import Windows
 from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
 
@@ -31,68 +32,6 @@ _log = logging.getLogger(__name__)
 
 # Lines that are sorted into buckets together: enough to fill them. No more than three times as many are ever held.
 WINDOW_LINES = 8192
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One translation of a line."""
-
-    text: str
-    tokens: tuple[str, ...]
-    """The pieces that the text is made of, as the tokenizer spells them, without the end symbol."""
-    log_prob: float
-    """Log-probability of the tokens and the end symbol, in nats; of all parts together where the line was cut."""
-    score: float
-    """log_prob by the length penalty: what a beam search is for."""
-
-
-@dataclass(frozen=True)
-class Translation:
-    """The translations of one line, the best first; there is at least one."""
-
-    hypotheses: tuple[Hypothesis, ...]
-
-    @property
-    def text(self) -> str:
-        return self.hypotheses[0].text
-
-    @property
-    def log_prob(self) -> float:
-        return self.hypotheses[0].log_prob
-
-    @property
-    def score(self) -> float:
-        return self.hypotheses[0].score
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A given translation with its log-probability, in nats: of each token, the end symbol last, and of all together.
-
-    NaN and no tokens where it, or its source, is longer than the model takes.
-    """
-
-    tokens: tuple[str, ...]
-    token_log_probs: tuple[float, ...]
-    log_prob: float
-    score: float
-
-
-@dataclass
-class Statistics:
-    """What was translated or scored so far."""
-
-    lines: int = 0
-    sentences: int = 0  # a line that was cut is several
-    again: int = 0  # of these, decoded a second time, since they went on for longer than usual
-    source_tokens: int = 0
-    padded_tokens: int = 0  # source tokens, with the padding of the compiled shapes
-    target_tokens: int = 0
-
-    @property
-    def padding(self) -> float:
-        """Share of the source tokens that only fill shapes."""
-        return 1 - self.source_tokens / max(self.padded_tokens, 1)
 
 
 @dataclass(frozen=True)

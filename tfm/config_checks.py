@@ -1,0 +1,106 @@
+"""The checks that refuse a config: a value out of its range, or two that cannot stand together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args, get_type_hints
+
+from tfm.config import Config, ConfigError, DecodingConfig
+
+
+def check_ranges(config: Config) -> None:
+    """Raises ConfigError at a value that no config may have."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        hints = get_type_hints(type(values))
+        for field in dataclasses.fields(values):
+            name, value = f"{section.name}.{field.name}", getattr(values, field.name)
+            choices = [choice for choice in get_args(hints[field.name]) if isinstance(choice, str)]
+            if choices and value not in choices:
+                raise ConfigError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+            low, below = field.metadata.get("low"), field.metadata.get("below")
+            # Written so that NaN, which is on neither side of anything, fails too.
+            if value is not None and low is not None and not low <= value:
+                raise ConfigError(f"{name}={value}: must be at least {low}")
+            if value is not None and below is not None and not value < below:
+                raise ConfigError(f"{name}={value}: must be below {below}")
+
+
+def check_together(config: Config) -> None:
+    """Raises ConfigError at values that contradict each other, naming the fields."""
+    model, data, optimizer, training, decoding = (
+        config.model,
+        config.data,
+        config.optimizer,
+        config.training,
+        config.decoding,
+    )
+    for name in ("d_k", "d_v"):
+        if getattr(model, name) is None and model.d_model % model.num_heads:
+            raise ConfigError(
+                f"model.d_model={model.d_model} is not a multiple of model.num_heads={model.num_heads}: "
+                f"change one of them, or set model.{name}"
+            )
+    if model.d_model % 2:
+        raise ConfigError(f"model.d_model={model.d_model}: must be even, since positions are pairs of sine and cosine")
+    if not data.corpus:
+        raise ConfigError("data.corpus is empty: name at least one corpus, such as demo or text:DIR/{split}.{lang}")
+    if data.source_language == data.target_language:
+        raise ConfigError(
+            f"data.source_language and data.target_language are both {data.source_language!r}: they must differ"
+        )
+    if data.train_split == data.validation_split:
+        raise ConfigError(
+            f"data.train_split and data.validation_split are both {data.train_split!r}: validation must be unseen"
+        )
+    rows = training.target_tokens_per_batch // data.target_row_length
+    if rows < training.gradient_accumulation:
+        raise ConfigError(
+            f"training.target_tokens_per_batch={training.target_tokens_per_batch} has room for {rows} rows of "
+            f"data.target_row_length={data.target_row_length}, and training.gradient_accumulation="
+            f"{training.gradient_accumulation} needs at least as many rows: raise the first or lower the others"
+        )
+    if optimizer.schedule != "inverse_sqrt" and optimizer.warmup_steps >= training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of training.steps={training.steps} for "
+            f"the {optimizer.schedule} schedule: lower the first or raise the second"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + (optimizer.decay_steps or 0) > training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps={optimizer.decay_steps} are "
+            f"together more than training.steps={training.steps}"
+        )
+    if optimizer.weight_decay and optimizer.name == "adam":
+        raise ConfigError(
+            f"optimizer.weight_decay={optimizer.weight_decay} has no effect with optimizer.name=adam: use adamw"
+        )
+    if decoding.tokens_per_batch < decoding.max_source_length:
+        raise ConfigError(
+            f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "
+            f"decoding.max_source_length={decoding.max_source_length}: raise the first or lower the second"
+        )
+    _check_decoding(decoding)
+    mesh = dataclasses.asdict(config.mesh)
+    free = [f"mesh.{axis}" for axis, size in mesh.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"{' and '.join(free)} are both -1: at most one axis can take the rest of the devices")
+    for axis, size in mesh.items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"mesh.{axis}={size}: must be at least 1, or -1 for the rest of the devices")
+
+
+def _check_decoding(decoding: DecodingConfig) -> None:
+    if decoding.sampling_temperature == 0:
+        raise ConfigError("decoding.sampling_temperature=0.0: must be above 0; greedy search is decoding.beam_size=1")
+    if not 0 < decoding.sampling_top_p <= 1:
+        raise ConfigError(f"decoding.sampling_top_p={decoding.sampling_top_p}: must be above 0, and at most 1")
+    if decoding.sampling:
+        return
+    if decoding.n_best > decoding.beam_size:
+        raise ConfigError(
+            f"decoding.n_best={decoding.n_best} is more than decoding.beam_size={decoding.beam_size} can find: "
+            "raise the second, or draw them with decoding.sampling=True"
+        )
+    for name in ("sampling_temperature", "sampling_top_k", "sampling_top_p", "sampling_seed"):
+        if (value := getattr(decoding, name)) != getattr(DecodingConfig(), name):
+            raise ConfigError(f"decoding.{name}={value} has no effect without decoding.sampling=True: set both or none")
