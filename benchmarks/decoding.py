@@ -1,0 +1,238 @@
+"""Lines a second of greedy and beam search: tfm, CTranslate2 and Hugging Face Marian, side by side on one machine.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/decoding.py --json=decoding.json
+
+All have the same architecture (that of configs/multi30k.py) with random weights, the same number of threads, float32,
+and sentences of one length, which each is made to translate into as many tokens: what is compared is the speed of a
+search, not where it ends. They run in turn, round by round, so that a machine that is shared slows all of them; each may
+choose the best of a few batch sizes, found in a round that is not counted. Medians over rounds, and of their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+VOCAB, BOS, EOS = 10_000, 2, 1
+Batch = Callable[[int], None]  # translates all sentences, in batches of so many
+
+
+def tfm_search(sentences: np.ndarray, beam: int) -> Batch:
+    import jax
+
+    from tfm import sharding
+    from tfm.commands.options import load_config
+    from tfm.config import DecodingConfig, MeshConfig
+    from tfm.decoding.decoder import Decoder
+    from tfm.model.transformer import Transformer, init_parameters
+
+    count, length = sentences.shape
+    mesh = sharding.make_mesh(MeshConfig())
+    model = Transformer(load_config("multi30k").model, VOCAB)
+    parameters = jax.jit(lambda: init_parameters(model, 0))()
+    decoders = {}
+
+    def run(rows: int) -> None:
+        if rows not in decoders:
+            config = DecodingConfig(
+                beam_size=beam,
+                min_length=length,
+                max_extra_tokens=0,
+                max_source_length=length + 1,
+                tokens_per_batch=rows * (length + 1),
+            )
+            decoders[rows] = Decoder([model], mesh, config, banned=(0, BOS))
+            decoders[rows].set_parameters(parameters)
+        decoder = decoders[rows]
+        batches = [[[*ids, EOS] for ids in sentences[at : at + rows].tolist()] for at in range(0, count, rows)]
+        found = [decoder.decode(decoder.buckets[-1], batch) for batch in batches]
+        for batch, hypotheses in zip(batches, found, strict=True):
+            assert np.all(np.asarray(hypotheses.lengths_BW)[: len(batch), 0] == length)
+
+    return run
+
+
+def ctranslate2_search(sentences: np.ndarray, beam: int, threads: int, folder: Path) -> Batch:
+    import ctranslate2
+    from ctranslate2.specs import transformer_spec
+
+    from tfm.commands.options import load_config
+
+    shape = load_config("multi30k").model
+    generator = np.random.default_rng(0)
+
+    def fill(linear: object, *size: int, bias: bool = False) -> None:
+        linear.weight = generator.normal(size=size).astype(np.float32) * size[-1] ** -0.5
+        if bias:
+            linear.bias = np.zeros(size[0], np.float32)
+
+    def norm(layer: object) -> None:
+        layer.gamma, layer.beta = np.ones(shape.d_model, np.float32), np.zeros(shape.d_model, np.float32)
+
+    spec = transformer_spec.TransformerSpec.from_config(
+        (shape.encoder_layers, shape.decoder_layers), shape.num_heads, pre_norm=True
+    )
+    width = shape.d_model
+    for stack in (spec.encoder, spec.decoder):
+        embeddings = stack.embeddings[0] if isinstance(stack.embeddings, list) else stack.embeddings
+        fill(embeddings, VOCAB, width)
+        stack.scale_embeddings = True
+        norm(stack.layer_norm)
+        for layer in stack.layer:
+            norm(layer.self_attention.layer_norm)
+            fill(layer.self_attention.linear[0], 3 * width, width)
+            fill(layer.self_attention.linear[1], width, width)
+            if stack is spec.decoder:
+                norm(layer.attention.layer_norm)
+                for linear, size in zip(layer.attention.linear, (width, 2 * width, width), strict=True):
+                    fill(linear, size, width)
+            norm(layer.ffn.layer_norm)
+            fill(layer.ffn.linear_0, shape.d_ff, width, bias=True)
+            fill(layer.ffn.linear_1, width, shape.d_ff, bias=True)
+    fill(spec.decoder.projection, VOCAB, width)
+    words = ["<blank>", "</s>", "<s>", "<unk>", *(f"w{number}" for number in range(4, VOCAB))]
+    spec.register_source_vocabulary(words)
+    spec.register_target_vocabulary(words)
+    spec.config.add_source_eos = True
+    spec.config.decoder_start_token = "<s>"
+    spec.validate()
+    spec.optimize()
+    spec.save(str(folder))
+    translator = ctranslate2.Translator(
+        str(folder), device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+    )
+    source = [[words[token] for token in ids] for ids in sentences.tolist()]
+    length = sentences.shape[1]
+
+    def run(rows: int) -> None:
+        found = translator.translate_batch(
+            source,
+            beam_size=beam,
+            max_batch_size=rows,
+            min_decoding_length=length,
+            max_decoding_length=length,
+            length_penalty=0.6,
+        )
+        assert all(len(result.hypotheses[0]) == length for result in found)
+
+    return run
+
+
+def marian_search(sentences: np.ndarray, beam: int, threads: int) -> Batch:
+    import torch
+    from transformers import MarianConfig, MarianMTModel
+
+    from tfm.commands.options import load_config
+
+    shape = load_config("multi30k").model
+    torch.set_num_threads(threads)
+    config = MarianConfig(
+        vocab_size=VOCAB,
+        d_model=shape.d_model,
+        encoder_layers=shape.encoder_layers,
+        decoder_layers=shape.decoder_layers,
+        encoder_attention_heads=shape.num_heads,
+        decoder_attention_heads=shape.num_heads,
+        encoder_ffn_dim=shape.d_ff,
+        decoder_ffn_dim=shape.d_ff,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        decoder_start_token_id=0,
+        forced_eos_token_id=None,
+        scale_embedding=True,
+    )
+    model = MarianMTModel(config).eval()
+    ids = torch.tensor(np.pad(sentences, ((0, 0), (0, 1)), constant_values=EOS))
+    length = sentences.shape[1]
+
+    def run(rows: int) -> None:
+        with torch.inference_mode():
+            for at in range(0, len(ids), rows):
+                found = model.generate(
+                    input_ids=ids[at : at + rows],
+                    num_beams=beam,
+                    do_sample=False,
+                    min_new_tokens=length,
+                    max_new_tokens=length,
+                )
+                assert found.shape[1] == length + 1
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=1000)
+    parser.add_argument("--length", type=int, default=17, help="tokens of each sentence and each translation")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--without", nargs="*", default=[], choices=["tfm", "ctranslate2", "marian"])
+    parser.add_argument("--json", help="file for the results; - is standard output")
+    arguments = parser.parse_args()
+
+    sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
+    report = {"what": vars(arguments), "python": platform.python_version(), "cpu": platform.processor(), "results": []}
+    report["versions"] = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "ctranslate2", "transformers", "torch")
+        if importlib.util.find_spec(name)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for beam in arguments.beams:
+            makers = {
+                "tfm": lambda beam=beam: tfm_search(sentences, beam),
+                "ctranslate2": lambda beam=beam: ctranslate2_search(
+                    sentences, beam, arguments.threads, Path(folder) / str(beam)
+                ),
+                "marian": lambda beam=beam: marian_search(sentences, beam, arguments.threads),
+            }
+            searches = {name: make() for name, make in makers.items() if name not in arguments.without}
+            report["results"].append(compare(searches, beam, len(sentences), arguments.rows, arguments.rounds))
+    text = json.dumps(report, indent=2)
+    if arguments.json == "-":
+        print(text)
+    elif arguments.json:
+        Path(arguments.json).write_text(text + "\n")
+
+
+def compare(searches: dict[str, Batch], beam: int, lines: int, rows: list[int], rounds: int) -> dict:
+    def rate(search: Batch, size: int) -> float:
+        start = time.perf_counter()
+        search(size)
+        return lines / (time.perf_counter() - start)
+
+    best = {}
+    for name, search in searches.items():
+        for size in rows:
+            search(size)  # compiles, where that is the way
+        best[name] = max(rows, key=lambda size: rate(search, size))
+    measured: dict[str, list[float]] = {name: [] for name in searches}
+    for _ in range(rounds):
+        for name, search in searches.items():
+            measured[name].append(rate(search, best[name]))
+    result = {"beam": beam, "rows": best, "lines_per_second": measured, "ratio_of_tfm": {}}
+    for name, rates in measured.items():
+        print(f"beam {beam}: {name:<12} {statistics.median(rates):8.1f} lines/s, {best[name]} at once", file=sys.stderr)
+        if "tfm" in measured and name != "tfm":
+            ratio = statistics.median(a / b for a, b in zip(measured["tfm"], rates, strict=True))
+            result["ratio_of_tfm"][name] = ratio
+            print(f"        tfm is {ratio:.2f} times as fast as {name}", file=sys.stderr)
+    return result
+
+
+if __name__ == "__main__":
+    main()
