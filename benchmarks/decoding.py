@@ -5,7 +5,7 @@
 
 All have the same architecture (that of configs/multi30k.py) with random weights, the same number of threads, float32,
 and sentences of one length, which each is made to translate into as many tokens: what is compared is the speed of a
-search, not where it ends. They run in turn, round by round, so that a machine that is shared slows all of them; each may
+search, not where it ends. They run in turn, round by round, so that a shared machine slows all of them; each may
 choose the best of a few batch sizes, found in a round that is not counted. Medians over rounds, and of their ratios.
 """
 
