@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -23,6 +24,8 @@ from flax.linen import meta
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfm.config import ConfigError, MeshConfig
+
+_log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -75,6 +78,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def decoding_mesh(tensor: int) -> Mesh:
+    """Mesh of all devices for decoding: the batch over `data`, and `tensor` as given where the devices allow it, or 1.
+
+    For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
+    """
+    _keep_freed_memory()
+    if tensor < 1 or jax.device_count() % tensor:
+        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, jax.device_count())
+        tensor = 1
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor))
+
+
 def _keep_freed_memory() -> None:
     """Has the C library keep what is freed instead of giving it back to the system: on a CPU, with glibc.
 
@@ -102,11 +117,16 @@ def use_compilation_cache() -> None:
         return
     # Programs for a CPU hold its own instructions, and a home directory may be seen by several kinds of machine.
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().split("\n") if line.startswith("flags"))
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().split("\n") if line.startswith(("flags", "Features"))
+        )
     except (OSError, StopIteration):
         flags = platform.processor()
     machine = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache / "tfm" / f"{platform.machine()}-{machine}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

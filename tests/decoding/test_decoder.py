@@ -170,7 +170,7 @@ def test_each_shape_is_compiled_once(parameters, sentences):
 def test_buckets(mesh, config, expected):
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     decoder = Decoder([MODEL], make_mesh(mesh, devices), config, BANNED)
-    assert [bucket[:2] for bucket in decoder.buckets] == expected
+    assert [(bucket.rows, bucket.length) for bucket in decoder.buckets] == expected
     for length in range(1, config.max_source_length + 1):
         bucket = bucket_of(decoder.buckets, length)
         assert length <= bucket.length
@@ -292,7 +292,7 @@ def test_what_models_say_together_is_the_mean_of_what_each_says(mean):
     decoder = Decoder([MODEL, MODEL], one_device(), dataclasses.replace(BEAM, ensemble_mean=mean), BANNED)
     generator = np.random.default_rng(0)
     logits = [generator.normal(size=(2, 3, 128)).astype(np.float32) for _ in range(2)]
-    together = jax.nn.softmax(decoder._together([jnp.asarray(part) for part in logits]), axis=-1)
+    together = jax.nn.softmax(decoder._mean_of_models([jnp.asarray(part) for part in logits]), axis=-1)
     allowed = [i for i in range(VOCAB) if i not in BANNED]
     each = [np.exp(part[..., allowed]) / np.exp(part[..., allowed]).sum(-1, keepdims=True) for part in logits]
     expected = np.sqrt(each[0] * each[1]) if mean == "log_probs" else each[0] + each[1]

@@ -70,7 +70,7 @@ class Tokenizer:
         tags: dict[int, int] = {}
         for index, text in enumerate(texts):
             if text.startswith("<"):
-                texts[index], tag = self._split_tag(text)
+                texts[index], tag = self.split_tag(text)
                 if tag is not None:
                     tags[index] = tag
         rows = self._processor.encode(texts, out_type=int, num_threads=os.cpu_count() or 1)
@@ -78,8 +78,11 @@ class Tokenizer:
             rows[index].insert(0, tag)
         return rows
 
-    def _split_tag(self, text: str) -> tuple[str, int | None]:
-        """What follows the tag that the text begins with, and the tag's id, as a tagged corpus has them: no blank."""
+    def split_tag(self, text: str) -> tuple[str, int | None]:
+        """What follows the tag that the text begins with, and the tag's id, as a tagged corpus has them: no blank.
+
+        The whole text and None where it begins with none.
+        """
         found = _LEADING_TAG.match(text)
         token = self._processor.piece_to_id(found[1]) if found else UNK
         if found is None or token <= UNK or self._processor.is_byte(token):
@@ -96,8 +99,12 @@ class Tokenizer:
         return [self._processor.id_to_piece(int(token)) for token in ids]
 
     def ids(self, pieces: Sequence[str]) -> list[int]:
-        """Ids of pieces; UNK where one isn't in the vocabulary."""
-        return [self._processor.piece_to_id(piece) for piece in pieces]
+        """Ids of pieces. Raises InputError at one that isn't in the vocabulary, or that text is never made of."""
+        ids = [self._processor.piece_to_id(piece) for piece in pieces]
+        for piece, token in zip(pieces, ids, strict=True):
+            if token <= UNK:
+                raise InputError(f"{piece!r} is no piece of this tokenizer: give pieces as it spells them, or text")
+        return ids
 
     def tag_id(self, tag: str) -> int:
         """Id of a source tag such as <2de>. Raises InputError where the tokenizer doesn't know it."""

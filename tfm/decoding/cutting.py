@@ -12,12 +12,13 @@ _SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」�
 
 
 def cut(line: str, tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
-    """Token ids of the pieces, each of at most `room` tokens; as few cuts as that allows."""
+    """Token ids of the pieces, each of at most `room` tokens; as few cuts as that allows. A tag is put before each."""
+    line, tag = tokenizer.split_tag(line)
+    first = [] if tag is None else [tag]
+    room -= len(first)
     for unit in _units(_SENTENCE_ENDS.split(line), tokenizer, room):
-        if len(unit) <= room:
-            yield unit
-        else:
-            yield from (unit[at : at + room] for at in range(0, len(unit), room))
+        for at in range(0, len(unit), room):
+            yield first + unit[at : at + room]
 
 
 def _units(parts: list[str], tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:

@@ -41,6 +41,7 @@ class Bucket(NamedTuple):
     rows: int
     length: int
     room: int  # target positions
+    gives_up: bool = False  # on sentences that go on for longer than usual
 
 
 class Rows(NamedTuple):
@@ -76,12 +77,15 @@ class Decoder:
         shards = sharding.batch_shards(mesh)
         extra = config.max_extra_tokens
         ladder = _ladder(config, config.max_source_length, shards)
-        self.buckets = [Bucket(rows, length, min(_usual(length), length + extra)) for rows, length in ladder]
-        """For most sentences; one that goes on for longer than usual is given up …"""
+        # A sentence that goes on for longer than usual is given up, and decoded anew in the bucket of `long_buckets` that
+        # has the same length, so that no other has to wait for it.
         self.long_buckets = [
             Bucket(-(-rows // _LONG_ROWS // shards) * shards, length, length + extra) for rows, length in ladder
         ]
-        """… and decoded anew in the bucket of these that has the same length, so that no other has to wait for it."""
+        self.buckets = [
+            Bucket(rows, length, min(_usual(length), length + extra), _usual(length) < length + extra)
+            for rows, length in ladder
+        ]
         ladder = _ladder(config, config.max_source_length + extra, shards)
         self.score_buckets = [Bucket(rows, length, length) for rows, length in ladder]
         self.compile_seconds: dict[tuple[str, Bucket], float] = {}
@@ -124,18 +128,19 @@ class Decoder:
           prefixes: tokens that each translation begins with, fewer than `bucket.room`; none when None.
           numbers: with sampling, what makes the draws of one sentence differ from those of another, below 2**32.
         """
-        rows = Rows(_filled(bucket[:2], sentences, PAD))
+        rows = Rows(_filled((bucket.rows, bucket.length), sentences, PAD))
         if prefixes is not None:
             rows = rows._replace(prefix_BT=_filled((bucket.rows, bucket.room), prefixes, -1))
         if self.config.sampling:
             number_B = np.zeros(bucket.rows, np.uint32)
             number_B[: len(sentences)] = range(len(sentences)) if numbers is None else numbers
             rows = rows._replace(number_B=number_B)
-        return self._run(functools.partial(self._search, bucket.room), "search", bucket, rows)
+        return self._run(functools.partial(self._search, bucket), "search", bucket, rows)
 
     def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
         """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""
-        rows = Rows(_filled(bucket[:2], sources, PAD), target_BT=_filled(bucket[:2], targets, PAD))
+        shape = (bucket.rows, bucket.length)
+        rows = Rows(_filled(shape, sources, PAD), target_BT=_filled(shape, targets, PAD))
         return self._run(self._score, "score", bucket, rows)
 
     def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
@@ -151,7 +156,7 @@ class Decoder:
             self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + seconds
         return self._compiled[key](self._parameters, jax.device_put(rows, where))
 
-    def _search(self, room: int, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
+    def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
         """The whole search for the rows that one device has."""
         c = self.config
         mask_BS = rows.source_BS != PAD
@@ -159,14 +164,14 @@ class Decoder:
         # The end symbol is no part of what the limit counts, and a row that only fills the batch has nothing to say.
         most_B = jnp.where(sizes_B > 0, sizes_B - 1 + c.max_extra_tokens, 0)
         # By its own length, not by the bucket's or by its batch-mates': what becomes of a sentence depends on it alone.
-        patience_B = room if room == rows.source_BS.shape[1] + c.max_extra_tokens else _usual(sizes_B)
+        patience_B = _usual(sizes_B) if bucket.gives_up else bucket.room
         limits = search.Limits(jnp.minimum(c.min_length, most_B), most_B, patience_B, rows.prefix_BT)
         beams = c.n_best if c.sampling else c.beam_size
         start = tuple(
-            transformer.start_decoding(model, tree, rows.source_BS, mask_BS, beams=beams, length=room)
+            transformer.start_decoding(model, tree, rows.source_BS, mask_BS, beams=beams, length=bucket.room)
             for model, tree in zip(self.models, parameters, strict=True)
         )
-        cache = search.Cache(start, room, self._reorder)
+        cache = search.Cache(start, bucket.room, self._reorder)
         step = functools.partial(self._step, parameters)
         if c.sampling:
             keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(c.sampling_seed), number))(rows.number_B)
@@ -191,12 +196,12 @@ class Decoder:
             transformer.decode_step(model, tree, tokens_BW, cache)
             for model, tree, cache in zip(self.models, parameters, caches, strict=True)
         ]
-        return self._together([logits_BWV for logits_BWV, _ in results]), tuple(cache for _, cache in results)
+        return self._mean_of_models([logits_BWV for logits_BWV, _ in results]), tuple(cache for _, cache in results)
 
     def _reorder(self, caches: tuple[Any, ...], parents_BW: jax.Array) -> tuple[Any, ...]:
         return tuple(transformer.reorder_beams(cache, parents_BW) for cache in caches)
 
-    def _together(self, logits: Sequence[jax.Array]) -> jax.Array:
+    def _mean_of_models(self, logits: Sequence[jax.Array]) -> jax.Array:
         """Logits of all models as one, without what is banned."""
         bias_V = jnp.asarray(self._bias_V).reshape((1,) * (logits[0].ndim - 1) + (-1,))
         if len(logits) == 1:
@@ -218,7 +223,7 @@ class Decoder:
         def row(outputs_TD: tuple[jax.Array, ...], target_T: jax.Array) -> jax.Array:
             parts = zip(self.models, parameters, outputs_TD, strict=True)
             logits = [transformer.project(model, tree, x_TD[None]) for model, tree, x_TD in parts]
-            logits_1TV = self._together(logits)
+            logits_1TV = self._mean_of_models(logits)
             chosen_1T = jnp.take_along_axis(logits_1TV, target_T[None, :, None], axis=-1)[..., 0]
             return (chosen_1T - log_normaliser(logits_1TV, maxima(logits_1TV, leave_out=EOS), EOS))[0]
 

@@ -190,7 +190,9 @@ def _walk(
     end = _run(step, ended, start, limits, length)
     tokens_BWT = end.tokens_TBW.transpose(1, 2, 0)
     lengths_BW = jnp.sum(jnp.cumprod((tokens_BWT != eos).astype(jnp.int32), axis=2), axis=2)
-    return Hypotheses(tokens_BWT, lengths_BW, end.log_probs_BW, ended(end))
+    # One that ended beyond its patience did so in company of a more patient one: alone, it would have been given up.
+    in_time_B = jnp.max(lengths_BW, axis=1) < limits.patience_B
+    return Hypotheses(tokens_BWT, lengths_BW, end.log_probs_BW, ended(end) & in_time_B)
 
 
 # Beam search ----------------------------------------------------------------------------------------------------------
@@ -264,12 +266,12 @@ def beam(
 
         ended_BW = jnp.where((position >= limits.least_B)[:, None], base_BW + logits_BWV[..., eos], -jnp.inf)
         if limits.prefix_BT is not None:
-            ended_BW = jnp.where(_prefix_at(position, limits)[:, None] >= 0, -jnp.inf, ended_BW)
+            forced_B1 = _prefix_at(position, limits)[:, None]
+            ended_BW = jnp.where(forced_B1 >= 0, -jnp.inf, ended_BW)
         scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
 
         log_probs_BW, parents_BW, tokens_BW = best_tokens(logits_BWV, maxima_BWN, base_BW, beams, leave_out=eos)
         if limits.prefix_BT is not None:
-            forced_B1 = _prefix_at(position, limits)[:, None]
             forced_log_prob_B1 = base_BW[:, :1] + jnp.take_along_axis(logits_BWV[:, 0], forced_B1.clip(0), axis=1)
             first_1W = (jnp.arange(beams) == 0)[None]
             log_probs_BW = jnp.where(forced_B1 < 0, log_probs_BW, jnp.where(first_1W, forced_log_prob_B1, -jnp.inf))
@@ -286,7 +288,7 @@ def beam(
             jax.lax.dynamic_update_index_in_dim(state.parents_TBW, parents_BW, position, axis=0),
             scores_BR,
             found_BR,
-            scores_BR[:, -1] >= reach_B,
+            state.done_B | ((scores_BR[:, -1] >= reach_B) & (position < limits.patience_B)),
             cache.reorder(inner, parents_BW),
         )
 
@@ -311,7 +313,11 @@ def beam(
 
 
 def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Array, _Found]:
-    """The best of the complete hypotheses and of the living beams with the end symbol; of equals, the older one."""
+    """The best of the complete hypotheses and of the living beams with the end symbol; of equals, the older one.
+
+    Those of a sentence that is done stay as they are, however long the others of its batch take.
+    """
+    ended_BW = jnp.where(state.done_B[:, None], -jnp.inf, ended_BW)
     beams = ended_BW.shape[1]
     new = _Found(
         ended_BW,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Seconds after which a stream that gives nothing is slow: what it gave so far is translated. Reading a file takes far
-# less a line, and translating a window far more.
-_PATIENCE = 0.02
+# Seconds in which a window is filled, once its first item is there. Reading a file takes far less, and translating a
+# window far more; of a slow stream, what it gave in that time is translated.
+_PATIENCE = 0.1
 
 
 class Windows(Generic[T]):
@@ -53,15 +54,19 @@ class Windows(Generic[T]):
     def take(self, wait: bool) -> list[T]:
         """The items that are there, in their order; waits for the first of them if asked to. Empty at the end, too."""
         taken: list[T] = []
-        patience = None if wait else 0.0
+        deadline = 0.0
         while len(taken) < self._size and not self._ended:
             try:
-                item = self._queue.get(block=patience != 0.0, timeout=patience)
+                if taken:
+                    left = max(0.0, deadline - time.monotonic())
+                    item = self._queue.get(timeout=left) if left else self._queue.get_nowait()
+                else:
+                    item = self._queue.get(block=wait)
+                    deadline = time.monotonic() + _PATIENCE
             except queue.Empty:
                 break
             if isinstance(item, tuple):
                 taken.append(item[0])
-                patience = _PATIENCE
             else:
                 self._ended, self._error = True, item
         if wait and not taken and self._error is not None:
