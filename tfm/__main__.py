@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()
+        _flush()
         return status
     except InputError as error:
         name = " ".join(["tfm", *arguments[:1]]) if arguments and arguments[0] in COMMANDS else "tfm"
@@ -36,6 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has had enough. What is still buffered must not be flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _flush() -> None:
+    """Raises InputError where the last of the output cannot be written, as on a full disk."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(f"standard output: cannot be written: {error.strerror}") from error
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -7,13 +7,23 @@ from contextlib import ExitStack
 
 import pytest
 
-from tfm.commands.lines import Output, json_line, opened, text_lines
+from tfm.commands.lines import Output, json_line, opened, raw_lines, text_lines
 from tfm.config import InputError
 
 
 def test_lines_end_at_a_newline_and_nowhere_else():
-    content = "a\u2028b\n\n c\x85\rd \n".encode() + b"\xff\0\nlast"
-    assert list(text_lines(io.BytesIO(content))) == ["a\u2028b", "", " c\x85\rd ", "\ufffd\0", "last"]
+    content = "a\u2028b\n\n".encode() + b" c\x85\rd \n" + b"\xff\0\nlast"
+    expected = ["a\u2028b", "", " c\ufffd\rd ", "\ufffd\0", "last"]
+    assert list(text_lines(raw_lines(io.BytesIO(content)))) == expected
+    assert list(text_lines(raw_lines(Drip(content)))) == expected
+    assert list(raw_lines(io.BytesIO(b""))) == [] and list(raw_lines(io.BytesIO(b"\n\n"))) == [b"", b""]
+
+
+class Drip(io.BytesIO):
+    """A pipe that gives three bytes at a time."""
+
+    def read(self, size=-1):
+        return super().read(3)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -29,7 +39,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
         assert output.lines == 2
     assert path.read_bytes() == "a\nä\u2028\n".encode()
     with pytest.raises(InputError, match=r"out: exists already: .* --resume"):
-        Output(path)
+        Output(path, resume=False)
     with pytest.raises(InputError, match="cannot be written: No such file"):
         Output(tmp_path / "nowhere" / "out")
 
@@ -92,3 +102,13 @@ def test_a_json_line_is_one_line_and_json():
     assert len(line.splitlines()) == 1 and "ä" in line
     expected = {"text": "a\u2028b\u0085c\nd", "score": None, "tokens": ["ä", "\u2029"], "all": [None, 1.5]}
     assert json.loads(line) == expected
+
+
+def test_a_file_that_nothing_was_written_to_is_not_left_in_the_way(tmp_path):
+    with pytest.raises(KeyError), Output(tmp_path / "out"):
+        raise KeyError
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyError), Output(tmp_path / "out") as output:
+        output.write(["a"])
+        raise KeyError
+    assert (tmp_path / "out").read_bytes() == b"a\n"

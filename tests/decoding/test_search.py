@@ -238,17 +238,22 @@ def test_a_forced_prefix_is_said_and_paid_for_and_leaves_the_rest_free():
                 assert float(found.log_probs_BW[row, rank]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_sentence_that_goes_on_for_too_long_is_given_up_and_the_others_do_not_wait():
+@pytest.mark.parametrize("decode", [greedy, functools.partial(beam, beams=2, alpha=0.0)], ids=["greedy", "beam"])
+def test_a_sentence_that_goes_on_for_too_long_is_given_up_and_the_others_do_not_wait(decode):
+    """By its own patience alone: that of a batch-mate, which keeps the search going, changes nothing."""
     generator = np.random.default_rng(3)
-    table = generator.normal(size=(3, 12, 9))
+    table = generator.normal(size=(4, 12, 9))
     table[:, :, EOS] = -9
-    table[0, 3, EOS] = table[1, 9, EOS] = 30
-    for decode in (greedy, functools.partial(beam, beams=2, alpha=0.0)):
-        found = decode(by_position(table), Cache(jnp.int32(0), 6), limits([11] * 3, patience=jnp.array([5, 6, 4])))
-        assert found.is_whole_B.tolist() == [True, False, False]
-        whole = decode(by_position(table), Cache(jnp.int32(0), 12), limits([11] * 3))
-        assert whole.is_whole_B.all() and said(whole, 0) == said(found, 0)
-        assert whole.lengths_BW[:2, 0].tolist() == [3, 9]
+    for row, end in enumerate((3, 9, 5, 5)):
+        table[row, end, EOS] = 30
+    patience = jnp.array([5, 8, 5, 6])  # the third one would end while the second still has patience
+    found = decode(by_position(table), Cache(jnp.int32(0), 8), limits([11] * 4, patience=patience))
+    assert found.is_whole_B.tolist() == [True, False, False, True]
+    whole = decode(by_position(table), Cache(jnp.int32(0), 12), limits([11] * 4))
+    assert whole.is_whole_B.all() and whole.lengths_BW[:, 0].tolist() == [3, 9, 5, 5]
+    for row in (0, 3):
+        assert said(found, row) == said(whole, row)
+        assert found.log_probs_BW[row, 0] == whole.log_probs_BW[row, 0]
 
 
 # Beam search ----------------------------------------------------------------------------------------------------------

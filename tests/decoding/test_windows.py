@@ -1,6 +1,7 @@
 """Reading ahead: what is there is taken in order, and nobody waits for more than one line."""
 
 import threading
+import time
 
 import pytest
 
@@ -64,3 +65,14 @@ def test_no_more_is_read_than_a_window_ahead_and_nothing_after_closing():
         thread.join(10)
         assert not thread.is_alive()
     assert len(read) <= 5 + 5 + 1
+
+
+def test_a_trickle_is_not_waited_for_till_a_window_is_full():
+    def trickle():
+        for item in range(60):
+            yield item
+            time.sleep(0.01)
+
+    windows = everything(Windows(trickle(), 1000))
+    assert [item for window in windows for item in window] == list(range(60))
+    assert len(windows) > 2

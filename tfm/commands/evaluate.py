@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 
@@ -38,6 +37,9 @@ class Arguments:
 def main(argv: list[str]) -> int:
     arguments, config = parse("evaluate", argv, Arguments)
     sources, references = _pairs(arguments, config)
+    for path in (arguments.output, None if arguments.json in (None, "-") else Path(arguments.json)):
+        if path is not None:
+            _write(path, "")
     from tfm import sharding
     from tfm.decoding.scores import corpus_scores, tokenised_bleu
     from tfm.decoding.translator import Translator
@@ -99,4 +101,4 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        print(f"{path}: cannot be written: {error.strerror}; the scores follow", file=sys.stderr)
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error

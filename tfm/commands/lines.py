@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -20,38 +20,61 @@ _log = logging.getLogger(__name__)
 
 
 def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
-    """A file to read, or standard input. Raises InputError naming the file that cannot be opened."""
+    """A file to read, or standard input, unbuffered. Raises InputError naming the file that cannot be opened.
+
+    A thread reads it, which may still wait for more when all else has ended: it must not hold a buffer's lock then.
+    """
     if path is None:
-        return sys.stdin.buffer
+        if sys.stdin is None:
+            raise InputError("standard input is closed: name a file to read")
+        return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
     try:
-        return stack.enter_context(path.open("rb"))
+        return stack.enter_context(path.open("rb", buffering=0))
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
 
 
-def text_lines(file: IO[bytes]) -> Iterator[str]:
-    """The lines of a file; bytes that are not UTF-8 become U+FFFD."""
-    for line in file:
-        yield line.removesuffix(b"\n").decode("utf-8", errors="replace")
+def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, each as soon as it is there, without the newline that ends them."""
+    begun: list[bytes] = []
+    while block := file.read(1 << 16):
+        *lines, rest = block.split(b"\n")
+        for line in lines:
+            yield b"".join((*begun, line))
+            begun.clear()
+        begun.append(rest)
+    if line := b"".join(begun):
+        yield line
+
+
+def text_lines(lines: Iterable[bytes]) -> Iterator[str]:
+    """Lines as text; bytes that are not UTF-8 become U+FFFD."""
+    for line in lines:
+        yield line.decode("utf-8", errors="replace")
 
 
 class Output:
-    """Lines to a file, or to standard output; of a file no more than whole lines are left, whatever happens.
+    """Lines to a file, or to standard output; a write that fails or is interrupted leaves whole lines in the file.
 
     Args:
       path: of a file that doesn't exist yet; standard output when None.
-      resume: the file may exist; what follows its last newline is dropped, and lines are written behind it.
+      resume: the file may exist; what follows its last newline is dropped, and lines are written behind it. None where
+        a command cannot do that.
 
     Raises InputError, here and at `write`, naming what cannot be written.
     """
 
-    def __init__(self, path: Path | None, resume: bool = False):
+    def __init__(self, path: Path | None, resume: bool | None = None):
         self.lines = 0
         """Lines that the file has."""
         self._name = "standard output" if path is None else str(path)
-        self._file: IO[bytes] = sys.stdout.buffer
+        self._hint = "" if resume is None else ", or go on behind its lines with --resume"
+        self._path = path
         self._whole: int | None = None  # bytes of whole lines; None where nothing can be taken back
         if path is None:
+            if sys.stdout is None:
+                raise InputError("standard output is closed: name a file to write with --output")
+            self._file: IO[bytes] = sys.stdout.buffer
             return
         try:
             self._file = path.open("r+b" if resume and path.exists() else "x+b", buffering=0)
@@ -59,9 +82,7 @@ class Output:
             if resume:
                 self._count()
         except FileExistsError as error:
-            raise InputError(
-                f"{path}: exists already: remove it, name another --output, or go on behind its lines with --resume"
-            ) from error
+            raise InputError(f"{path}: exists already: remove it or name another --output{self._hint}") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -91,7 +112,7 @@ class Output:
             raise
         except OSError as error:
             self._take_back()
-            kept = f"; its first {self.lines} lines are whole, and --resume goes on behind them" if self._whole else ""
+            kept = f"; its first {self.lines} lines are whole{self._hint}" if self._whole else ""
             raise InputError(f"{self._name}: cannot be written: {error.strerror}{kept}") from error
         except BaseException:  # Ctrl-C between two halves of a write
             self._take_back()
@@ -103,9 +124,11 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._whole is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._path is not None:
             self._file.close()
+            if kind is not None and not self.lines:  # an empty file would be in the way of the next attempt
+                self._path.unlink(missing_ok=True)
 
 
 def json_line(value: Any) -> str:
@@ -129,14 +152,9 @@ def log_rate(translator: Translator, seconds: float) -> None:
     done, compiled = translator.statistics, translator.decoder.compile_seconds
     seconds = max(seconds, 1e-9)
     _log.info(
-        "%s lines in %.1f s: %.1f lines/s, %.0f source and %.0f target tokens/s, %.1f %% of the source side padding, "
-        "%.1f %% of the sentences decoded twice; %d shapes compiled in %.1f s",
-        *(f"{done.lines:,}", seconds, done.lines / seconds, done.source_tokens / seconds),
-        *(
-            done.target_tokens / seconds,
-            100 * done.padding,
-            100 * done.again / max(done.sentences, 1),
-            len(compiled),
-            sum(compiled.values()),
-        ),
+        "%s lines in %.1f s: %.1f lines/s, %.1f sentences/s, %.0f source and %.0f target tokens/s, "
+        "%.1f %% of the source side padding, %.1f %% of the sentences decoded twice; %d shapes compiled in %.1f s",
+        *(f"{done.lines:,}", seconds, done.lines / seconds, done.sentences / seconds, done.source_tokens / seconds),
+        *(done.target_tokens / seconds, 100 * done.padding, 100 * done.again / max(done.sentences, 1)),
+        *(len(compiled), sum(compiled.values())),
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
-from tfm.commands.lines import Output, json_line, log_rate, opened, text_lines
+from tfm.commands.lines import Output, json_line, log_rate, opened, raw_lines, text_lines
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -40,14 +40,15 @@ def main(argv: list[str]) -> int:
     arguments, config = parse("score", argv, Arguments)
     with ExitStack() as stack:
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
-        counts = [sum(1 for _ in file) for file in files]
-        if counts[0] != counts[1]:
-            raise InputError(
-                f"{arguments.source} has {counts[0]} lines and {arguments.target} has {counts[1]}: they must have the "
-                "same number"
-            )
-        for file in files:
-            file.seek(0)
+        if all(file.seekable() for file in files):
+            counts = [sum(1 for _ in raw_lines(file)) for file in files]
+            if counts[0] != counts[1]:
+                raise InputError(
+                    f"{arguments.source} has {counts[0]} lines and {arguments.target} has {counts[1]}: they must have "
+                    "the same number"
+                )
+            for file in files:
+                file.seek(0)
         output = stack.enter_context(Output(arguments.output))
         from tfm import sharding
         from tfm.decoding.translator import Translator
@@ -55,10 +56,10 @@ def main(argv: list[str]) -> int:
         sharding.use_compilation_cache()
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()
-        targets = (
-            _best_tokens(files[1], arguments.target) if arguments.target.suffix == ".jsonl" else text_lines(files[1])
-        )
-        for window in translator.score_windows(text_lines(files[0]), targets):
+        sources, targets = map(raw_lines, files)
+        is_json = arguments.target.suffix == ".jsonl"
+        given = _best_tokens(targets, arguments.target) if is_json else text_lines(targets)
+        for window in translator.score_windows(text_lines(sources), given):
             if arguments.format == "text":
                 output.write([f"{scored.log_prob:.6f}" for scored in window])
             else:
@@ -70,12 +71,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _best_tokens(file: IO[bytes], path: Path) -> Iterator[Sequence[str]]:
+def _best_tokens(lines: Iterable[bytes], path: Path) -> Iterator[Sequence[str]]:
     """The tokens of the best translation of each line."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)["translations"][0]["tokens"]
+            tokens = json.loads(line)["translations"][0]["tokens"]
+            if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
+                raise TypeError("tokens is no list of texts")
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{path}:{number}: not a line of `translate --format=jsonl` ({type(error).__name__}: {error})"
             ) from error
+        yield tokens

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tfm.commands.lines import Output, json_line, log_rate, opened, text_lines
+from tfm.commands.lines import Output, json_line, log_rate, opened, raw_lines, text_lines
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -44,16 +44,20 @@ def main(argv: list[str]) -> int:
     if arguments.resume and arguments.output is None:
         raise InputError("--resume goes on behind the lines of --output: name that file")
     with ExitStack() as stack:
-        source = opened(arguments.input, stack)
-        prefixes = None if arguments.prefixes is None else opened(arguments.prefixes, stack)
+        file = opened(arguments.input, stack)
+        source = raw_lines(file)
+        prefixes = None if arguments.prefixes is None else raw_lines(opened(arguments.prefixes, stack))
         target = stack.enter_context(Output(arguments.output, arguments.resume))
         done = target.lines
-        for file in (source, prefixes):
-            if file is not None and sum(1 for _ in islice(file, done)) < done:
+        for lines in (source, prefixes):
+            if lines is not None and sum(1 for _ in islice(lines, done)) < done:
                 raise InputError(f"{arguments.output}: has {done} lines, more than there are to translate")
         from tfm import sharding
         from tfm.decoding.translator import Translator
 
+        if file.isatty():  # someone types and waits: one sentence at a time, in a shape that has no room for more
+            decoding = dataclasses.replace(config.decoding, tokens_per_batch=config.decoding.max_source_length)
+            config = dataclasses.replace(config, decoding=decoding)
         sharding.use_compilation_cache()
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()

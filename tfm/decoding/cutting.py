@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from tfm.data.corpus import single_line
 from tfm.data.tokenizer import Tokenizer
 
 # Chinese and Japanese put no blank after a full stop, but may close a quotation or a bracket.
@@ -13,7 +14,7 @@ _SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」�
 
 def cut(line: str, tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
     """Token ids of the pieces, each of at most `room` tokens; as few cuts as that allows. A tag is put before each."""
-    line, tag = tokenizer.split_tag(line)
+    line, tag = tokenizer.split_tag(single_line(line))
     first = [] if tag is None else [tag]
     room -= len(first)
     for unit in _units(_SENTENCE_ENDS.split(line), tokenizer, room):

@@ -77,13 +77,13 @@ class Decoder:
         shards = sharding.batch_shards(mesh)
         extra = config.max_extra_tokens
         ladder = _ladder(config, config.max_source_length, shards)
-        # A sentence that goes on for longer than usual is given up, and decoded anew in the bucket of `long_buckets` that
-        # has the same length, so that no other has to wait for it.
+        # A sentence that goes on for longer than usual is given up, and decoded anew in the bucket of `long_buckets`
+        # that has the same length, so that no other has to wait for it.
         self.long_buckets = [
             Bucket(-(-rows // _LONG_ROWS // shards) * shards, length, length + extra) for rows, length in ladder
         ]
         self.buckets = [
-            Bucket(rows, length, min(_usual(length), length + extra), _usual(length) < length + extra)
+            Bucket(rows, length, min(self._usual(length), length + extra), self._usual(length) < length + extra)
             for rows, length in ladder
         ]
         ladder = _ladder(config, config.max_source_length + extra, shards)
@@ -98,6 +98,10 @@ class Decoder:
         axes = [sharding.logical_axes(transformer.unstack_axes(tree)) for tree in boxed]
         self._shardings = tuple(sharding.decode_shardings(mesh, tree) for tree in axes)
         self._lay_out = jax.jit(self._laid_out, out_shardings=self._shardings)
+
+    def _usual(self, length: Any) -> Any:
+        """Target positions that suffice for nearly all translations of a source of that length, and for the search."""
+        return length + length // 4 + 8 + self.config.min_length
 
     def set_parameters(self, *parameters: Any) -> None:
         """Takes over the parameters of training, of each model: cut into layers, in the compute dtype, laid out."""
@@ -164,7 +168,7 @@ class Decoder:
         # The end symbol is no part of what the limit counts, and a row that only fills the batch has nothing to say.
         most_B = jnp.where(sizes_B > 0, sizes_B - 1 + c.max_extra_tokens, 0)
         # By its own length, not by the bucket's or by its batch-mates': what becomes of a sentence depends on it alone.
-        patience_B = _usual(sizes_B) if bucket.gives_up else bucket.room
+        patience_B = self._usual(sizes_B) if bucket.gives_up else bucket.room
         limits = search.Limits(jnp.minimum(c.min_length, most_B), most_B, patience_B, rows.prefix_BT)
         beams = c.n_best if c.sampling else c.beam_size
         start = tuple(
@@ -231,11 +235,6 @@ class Decoder:
         at_once = max(1, _SCORED_AT_ONCE // target_BT.shape[1])
         log_probs_BT = jax.lax.map(lambda args: row(*args), (tuple(outputs), target_BT), batch_size=at_once)
         return jnp.where(target_BT == PAD, 0.0, log_probs_BT)
-
-
-def _usual(length: Any) -> Any:
-    """Target positions that suffice for nearly all translations of a source of that length, and for the search."""
-    return length + length // 4 + 8
 
 
 def _filled(shape: tuple[int, int], sequences: Sequence[Sequence[int]], value: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 
 from tfm import sharding
 from tfm.checkpoint import CheckpointReader, RunDirectory
-from tfm.config import Config, DecodingConfig, InputError, MeshConfig
+from tfm.config import Config, DecodingConfig, InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.cutting import cut
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
@@ -41,7 +40,16 @@ class _Piece:
     line: int  # index within its window
     ids: list[int]  # ending in EOS
     prefix: list[int]
-    number: int  # by which draws differ
+    number: int  # by which the draws of a sample differ
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Lines that are translated together."""
+
+    first: int  # number of its first line
+    lines: int
+    pieces: list[_Piece]
 
 
 _Started = tuple[list[int], Hypotheses]  # which pieces of a window, and what is being made of them
@@ -85,29 +93,29 @@ class Translator:
         run = RunDirectory.open(workdir)
         config = (config or run.config).validate()
         tokenizer = _tokenizer(run)
-        # For decoding, fsdp is a second name of data: the batch is split over both, and parameters over neither.
-        mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=config.mesh.tensor))
-        which = checkpoint if checkpoint is not None else config.decoding.average
-        runs = [(run, config, which)]
+        mesh = sharding.decoding_mesh(config.mesh.tensor)
+        members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
         for member in ensemble:
             folder, at, name = member.rpartition("@") if "@" in member else (member, "", "")
             other = RunDirectory.open(folder)
             if _tokenizer(other).sha256 != tokenizer.sha256:
                 raise InputError(
-                    f"{other.tokenizer_path}: another tokenizer than {run.tokenizer_path}: models that "
-                    "translate together must share one"
+                    f"{other.tokenizer_path}: another tokenizer than {run.tokenizer_path}: models that translate "
+                    "together must share one"
                 )
-            runs.append((other, other.config, name if at else other.config.decoding.average))
+            members.append((other, other.config, name if at else other.config.decoding.average))
         models, parameters, steps = [], [], []
-        for run, its_config, which in runs:
-            dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+        for its_run, its_config, which in members:
+            dtype = compute_dtype(its_config.model, mesh.devices.flat[0].platform)
             model = Transformer(its_config.model, tokenizer.vocab_size, dtype)
-            abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-                sharding.unboxed(abstract_parameters(model)),
+            boxed = abstract_parameters(model)
+            abstract = sharding.unboxed(boxed)
+            where = sharding.parameter_shardings(mesh, abstract, sharding.logical_axes(boxed))
+            abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+            restored = CheckpointReader(its_run).restore_parameters(abstract, which)
+            _log.info(
+                "%s: translates with the parameters of step %s", its_run.path, ", ".join(map(str, restored.steps))
             )
-            restored = CheckpointReader(run).restore_parameters(abstract, which)
-            _log.info("%s: translates with the parameters of step %s", run.path, ", ".join(map(str, restored.steps)))
             models.append(model)
             parameters.append(restored.state)
             steps.extend(restored.steps)
@@ -137,25 +145,38 @@ class Translator:
         What is there is translated at once, up to `WINDOW_LINES`; while the devices work, the next lines are read and
         tokenized, and the last ones detokenized. `first` is the number of the first line, in messages and for draws.
         """
-        pairs = ((line, "") for line in lines) if prefixes is None else _together(lines, prefixes)
-        with closing(Windows(pairs, WINDOW_LINES)) as windows:
-            started: tuple[int, list[_Piece], list[_Started]] | None = None
-            while started is not None or not windows.ended:
-                window = windows.take(wait=started is None)
-                following = self._start(window, first, prefixes is not None) if window else None
-                first += len(window)
-                if started is not None:
-                    yield self._finish(*started)
-                started = following
-
-    def _start(
-        self, window: Sequence[tuple[str, str]], first: int, has_prefixes: bool
-    ) -> tuple[int, list[_Piece], list[_Started]]:
-        """Has the devices begin with a window: (number of its lines, its pieces, what was begun)."""
-        pieces = self._pieces(window, first, has_prefixes)
+        pairs = ((line, "") for line in lines) if prefixes is None else _in_step(lines, prefixes, "prefixes", first)
+        has_prefixes = prefixes is not None
         # What begins with a prefix may well go on for longer than its source lets expect.
         shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
-        return len(window), pieces, self._decode(shapes, pieces, range(len(pieces)), has_prefixes)
+        with closing(Windows(pairs, WINDOW_LINES)) as windows:
+            before: tuple[_Window, list[_Started]] | None = None
+            while before is not None or not windows.ended:
+                taken = windows.take(wait=before is None)
+                try:
+                    window = _Window(first, len(taken), self._pieces(taken, first, has_prefixes))
+                except InputError:
+                    if before is not None:
+                        yield self._finish(*before)
+                    raise
+                first += len(taken)
+                if before is not None:
+                    before = before[0], before[1] + self._again(*before)
+                started = self._decode(shapes, window.pieces, range(len(window.pieces)), has_prefixes)
+                if before is not None:
+                    yield self._finish(*before)
+                before = (window, started) if taken else None
+
+    def _again(self, window: _Window, started: Sequence[_Started]) -> list[_Started]:
+        """Waits for a window, and has the devices begin anew with what was given up, with more room."""
+        given_up = [
+            index
+            for batch, hypotheses in started
+            for index, is_whole in zip(batch, np.asarray(hypotheses.is_whole_B), strict=False)
+            if not is_whole
+        ]
+        self.statistics.again += len(given_up)
+        return self._decode(self.decoder.long_buckets, window.pieces, given_up, has_prefixes=False)
 
     def _decode(
         self, shapes: Sequence[Bucket], pieces: Sequence[_Piece], which: Iterable[int], has_prefixes: bool
@@ -174,31 +195,27 @@ class Translator:
                 prefixes = [pieces[i].prefix for i in batch] if has_prefixes else None
                 hypotheses = self.decoder.decode(bucket, sentences, prefixes, [pieces[i].number for i in batch])
                 started.append((batch, hypotheses))
-                self._count(bucket, sentences)
+                self.statistics.padded_tokens += bucket.rows * bucket.length
         return started
 
-    def _finish(self, lines: int, pieces: Sequence[_Piece], started: Sequence[_Started]) -> list[Translation]:
-        """Waits for a window; what was given up is decoded anew, with more room."""
-        given_up = [
-            index
-            for batch, hypotheses in started
-            for index, is_whole in zip(batch, np.asarray(hypotheses.is_whole_B), strict=False)
-            if not is_whole
-        ]
-        again = self._decode(self.decoder.long_buckets, pieces, given_up, has_prefixes=False)
-        found: list[list[Hypothesis]] = [[] for _ in pieces]
-        for batch, hypotheses in (*started, *again):
+    def _finish(self, window: _Window, started: Sequence[_Started]) -> list[Translation]:
+        """The translations of a window, of whose pieces those that were begun anew come last."""
+        found: list[list[Hypothesis]] = [[] for _ in window.pieces]
+        for batch, hypotheses in started:
             for index, its in zip(batch, self._hypotheses(hypotheses, len(batch)), strict=True):
                 found[index] = its
-        of_lines: list[list[list[Hypothesis]]] = [[] for _ in range(lines)]
-        for piece, hypotheses in zip(pieces, found, strict=True):
+        of_lines: list[list[list[Hypothesis]]] = [[] for _ in range(window.lines)]
+        for piece, hypotheses in zip(window.pieces, found, strict=True):
             of_lines[piece.line].append(hypotheses)
-        self.statistics.lines += lines
-        self.statistics.sentences += len(pieces)
-        self.statistics.again += len(given_up)
+            if not math.isfinite(hypotheses[0].log_prob):
+                number = window.first + piece.line
+                _log.warning("line %d: no translation has a finite probability: what is written means nothing", number)
+        self.statistics.lines += window.lines
+        self.statistics.sentences += len(window.pieces)
+        self.statistics.source_tokens += sum(len(piece.ids) for piece in window.pieces)
         return [Translation(_joined(parts)) for parts in of_lines]
 
-    def _hypotheses(self, hypotheses: Hypotheses, rows: int) -> Iterator[list[Hypothesis]]:
+    def _hypotheses(self, hypotheses: Hypotheses, rows: int) -> list[list[Hypothesis]]:
         """The hypotheses of each row of a batch, as text; the first always, others if there are any."""
         tokens, lengths, log_probs, is_whole = (np.asarray(part)[:rows] for part in hypotheses)
         is_there = np.isfinite(log_probs) & is_whole[:, None]
@@ -211,14 +228,10 @@ class Translator:
             pieces = tuple(self.tokenizer.pieces(its))
             found[row].append(Hypothesis(text, pieces, log_prob, log_prob / self._penalty(len(its))))
         self.statistics.target_tokens += int(np.sum(lengths[is_whole, 0]))
-        yield from found
+        return found
 
     def _penalty(self, tokens: int) -> float:
         return ((5 + tokens + 1) / 6) ** self.config.length_penalty
-
-    def _count(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> None:
-        self.statistics.source_tokens += sum(map(len, sentences))
-        self.statistics.padded_tokens += bucket.rows * bucket.length
 
     def _pieces(self, window: Sequence[tuple[str, str]], first: int, has_prefixes: bool) -> list[_Piece]:
         """The pieces of a window; a line is one unless it is too long, and none when it is blank."""
@@ -239,24 +252,31 @@ class Translator:
                     f"line {number}: its prefix has {len(prefix)} tokens, and its translation may have {most}, the "
                     "source's and decoding.max_extra_tokens: shorten the one or raise the other"
                 )
+            if banned := set(prefix) & set(self.tokenizer.banned_ids):
+                raise InputError(
+                    f"line {number}: its prefix has {', '.join(self.tokenizer.pieces(sorted(banned)))}, which is never "
+                    "generated: leave it out"
+                )
             for part, part_ids in enumerate(parts):
-                seed = zlib.crc32(f"{number} {part}".encode())
-                pieces.append(_Piece(index, [*part_ids, EOS], prefix if part == 0 else [], seed))
+                draw = (number << 12 | part) % 2**32
+                pieces.append(_Piece(index, [*part_ids, EOS], prefix if part == 0 else [], draw))
         return pieces
 
     def score(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> list[Scored]:
-        """The log-probability of each target as a translation of its source.
+        """The log-probability of each target as a translation of its source; 0 where both are blank.
 
         Args:
           sources: lines of text.
           targets: lines of text, or the pieces of each, such as `Hypothesis.tokens`, which may be pieces that the
             tokenizer would not have cut the text into.
+
+        Raises InputError at a piece that the tokenizer doesn't have, and where one side has more lines than the other.
         """
         return [scored for window in self.score_windows(sources, targets) for scored in window]
 
     def score_windows(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> Iterator[list[Scored]]:
         """As `score`, for streams of any length."""
-        with closing(Windows(zip(sources, targets, strict=True), WINDOW_LINES)) as windows:
+        with closing(Windows(_in_step(sources, targets, "targets", 1), WINDOW_LINES)) as windows:
             first = 1
             while not windows.ended:
                 window = windows.take(wait=True)
@@ -269,27 +289,26 @@ class Translator:
         targets = [
             [*(next(texts) if isinstance(target, str) else self.tokenizer.ids(target)), EOS] for _, target in window
         ]
-        scored = [Scored((), (), math.nan, math.nan)] * len(window)
+        scored = [Scored((), (), 0.0, 0.0)] * len(window)
         buckets: dict[Bucket, list[int]] = defaultdict(list)
         longest = self.decoder.score_buckets[-1].length
-        for index, pair in enumerate(zip(sources, targets, strict=True)):
-            if (size := max(map(len, pair))) <= longest:
-                buckets[bucket_of(self.decoder.score_buckets, size)].append(index)
-            else:
+        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            if (size := max(len(source), len(target))) > longest:
+                scored[index] = Scored((), (), math.nan, math.nan)
                 _log.warning(
                     "line %d has %d tokens on one side, more than %d, and gets no score: raise "
                     "decoding.max_source_length",
-                    first + index,
-                    size,
-                    longest,
+                    *(first + index, size, longest),
                 )
+            elif size > 1:
+                buckets[bucket_of(self.decoder.score_buckets, size)].append(index)
         started = []
         for bucket, members in sorted(buckets.items()):
             for at in range(0, len(members), bucket.rows):
                 batch = members[at : at + bucket.rows]
                 log_probs = self.decoder.score(bucket, [sources[i] for i in batch], [targets[i] for i in batch])
                 started.append((batch, log_probs))
-                self._count(bucket, [sources[i] for i in batch])
+                self.statistics.padded_tokens += bucket.rows * bucket.length
         for batch, log_probs in started:
             log_probs_BT = np.asarray(log_probs)
             for row, index in enumerate(batch):
@@ -298,19 +317,11 @@ class Translator:
                 total = float(np.sum(values, dtype=np.float32))
                 pieces = tuple(self.tokenizer.pieces(targets[index][:-1]))
                 scored[index] = Scored(pieces, tuple(values.tolist()), total, total / self._penalty(length - 1))
+                self.statistics.source_tokens += len(sources[index])
                 self.statistics.target_tokens += length - 1
         self.statistics.lines += len(window)
         self.statistics.sentences += len(window)
         return scored
-
-
-def _together(lines: Iterable[str], prefixes: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for number, (line, prefix) in enumerate(zip_longest(lines, prefixes), 1):
-        if line is None or prefix is None:
-            raise InputError(
-                f"there are {'more' if line is None else 'fewer'} prefixes than lines: {number - 1} of both"
-            )
-        yield line, prefix
 
 
 def _tokenizer(run: RunDirectory) -> Tokenizer:
@@ -335,3 +346,11 @@ def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
             )
         )
     return tuple(joined)
+
+
+def _in_step(lines: Iterable[Any], others: Iterable[Any], what: str, first: int) -> Iterator[tuple[Any, Any]]:
+    """Pairs of lines; `what` names the others where there are not as many of them."""
+    for number, (line, other) in enumerate(zip_longest(lines, others), first):
+        if line is None or other is None:
+            raise InputError(f"there are {'more' if line is None else 'fewer'} {what} than lines: {number - 1} of both")
+        yield line, other
