@@ -38,11 +38,12 @@ AT_LEAST_ONE = names("""
     training.log_every training.checkpoint_every training.keep_last training.evaluate_every training.evaluate_sentences
     training.max_skipped_steps
     data.max_length_ratio
-    decoding.beam_size decoding.tokens_per_batch
+    decoding.beam_size decoding.n_best decoding.tokens_per_batch training.evaluate_beam_size
 """)
 NOT_NEGATIVE = names("""
     optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
     training.keep_best training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens
+    decoding.min_length decoding.sampling_top_k decoding.sampling_seed
 """)
 SHARES = names("""
     model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate
@@ -50,7 +51,7 @@ SHARES = names("""
 """)
 CHOICES = names("""
     model.norm model.activation model.tie_embeddings model.dtype data.tokenizer_model optimizer.name optimizer.schedule
-    training.best_metric training.remat
+    training.best_metric training.remat decoding.ensemble_mean
 """)
 
 
@@ -96,6 +97,7 @@ def test_every_field_has_a_rule_or_needs_none():
     """A new field is either added to a list here, and so to the rules, or to those that any value of the type suits."""
     ruled = {"decoding.max_source_length", *AT_LEAST_ONE, *NOT_NEGATIVE, *SHARES, *CHOICES}
     pairs = {*names("data.corpus data.source_language data.target_language data.train_split data.validation_split")}
+    sampling = {*names("decoding.sampling decoding.sampling_temperature decoding.sampling_top_p")}
     free = {
         "data.test_split",
         "data.tokenizer",
@@ -106,7 +108,7 @@ def test_every_field_has_a_rule_or_needs_none():
         "training.deterministic",
         "decoding.average",
     }
-    assert set(fields_of(Config())) == ruled | pairs | free | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    assert set(fields_of(Config())) == ruled | pairs | sampling | free | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,12 @@ def test_every_field_has_a_rule_or_needs_none():
             dict(decoding__tokens_per_batch=100),
             ["decoding.tokens_per_batch=100", "decoding.max_source_length=256"],
         ),
+        (dict(decoding__n_best=5), ["decoding.n_best=5", "decoding.beam_size=4", "decoding.sampling=True"]),
+        (dict(decoding__sampling_top_k=5), ["decoding.sampling_top_k=5", "without decoding.sampling=True"]),
+        (dict(decoding__sampling_seed=1), ["decoding.sampling_seed=1", "without decoding.sampling=True"]),
+        (dict(decoding__sampling=True, decoding__sampling_temperature=0.0), ["sampling_temperature=0", "above 0"]),
+        (dict(decoding__sampling=True, decoding__sampling_top_p=0.0), ["sampling_top_p=0.0", "above 0"]),
+        (dict(decoding__sampling=True, decoding__sampling_top_p=1.5), ["sampling_top_p=1.5", "at most 1"]),
         (dict(mesh__fsdp=-1), ["mesh.data and mesh.fsdp are both -1"]),
         (dict(mesh__tensor=0), ["mesh.tensor=0"]),
         (dict(mesh__data=-2), ["mesh.data=-2"]),
@@ -160,6 +168,7 @@ def test_values_that_contradict_each_other_are_refused_and_both_named(values, na
         dict(optimizer__weight_decay=0.1, optimizer__name="adamw"),
         dict(optimizer__weight_decay=0.1, optimizer__name="adafactor"),
         dict(decoding__tokens_per_batch=256),
+        dict(decoding__sampling=True, decoding__n_best=9, decoding__sampling_top_p=0.9, decoding__sampling_seed=4),
         dict(mesh__data=2, mesh__fsdp=-1),
         dict(optimizer__learning_rate=None, optimizer__decay_steps=None),
     ],

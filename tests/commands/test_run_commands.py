@@ -127,7 +127,7 @@ def test_json_lines_hold_all_translations_and_score_agrees(trained, monkeypatch,
     scored = [json.loads(line) for line in capsysbinary.readouterr().out.split(b"\n")[:-1]]
     for one in scored:
         assert sum(one["token_log_probs"]) == pytest.approx(one["log_prob"], abs=1e-4)
-        assert len(one["token_log_probs"]) == len(one["tokens"]) + 1
+        assert len(one["token_log_probs"]) == (len(one["tokens"]) + 1 if one["tokens"] else 0)
 
 
 def test_score_names_what_it_cannot_score(trained, capsys, tmp_path):
