@@ -36,3 +36,10 @@ def test_a_line_of_a_hundred_thousand_characters(tokenizer):
     assert all(text.endswith(".") for text in texts)  # between sentences
     assert " ".join(texts) == line.strip()
     assert sum(map(len, pieces)) / len(pieces) > 40
+
+
+def test_a_tag_stands_before_every_piece(tmp_path):
+    tokenizer = train_tokenizer(WORDS * 20, tmp_path / "tokenizer.model", 300, tags=["<2de>"])
+    pieces = list(cut(" <2de> " + "haus tür. " * 30, tokenizer, 20))
+    assert len(pieces) > 3 and all(piece[0] == tokenizer.tag_id("<2de>") and len(piece) <= 20 for piece in pieces)
+    assert " ".join(tokenizer.decode([piece[1:] for piece in pieces])) == ("haus tür. " * 30).strip()

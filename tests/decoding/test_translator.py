@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tfm.checkpoint import Checkpointer, RunDirectory
-from tfm.config import Config, DecodingConfig, InputError, MeshConfig, ModelConfig
+from tfm.config import Config, ConfigError, DecodingConfig, InputError, MeshConfig, ModelConfig
 from tfm.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from tfm.decoding import translator as module
 from tfm.decoding.decoder import Bucket, bucket_of
@@ -388,6 +388,20 @@ def test_the_translator_of_a_run_directory(run, translated):
     loaded = Translator.load(run.path)
     assert [t.text for t in loaded.translate([LINES[i] for i in short])] == [translated[i].text for i in short]
     assert loaded.config == CONFIG
+
+
+@pytest.mark.parametrize("tensor", [-1, 3])
+def test_a_run_of_another_mesh_is_translated_with_on_this_machine(run, tensor, caplog):
+    config = dataclasses.replace(run.config, mesh=MeshConfig(data=1, fsdp=2, tensor=tensor))
+    loaded = Translator.load(run.path, config)
+    assert dict(loaded.decoder.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert f"mesh.tensor={tensor}: decodes with 1, since there are 8 devices" in caplog.text
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_named(run):
+    config = dataclasses.replace(run.config, mesh=MeshConfig(tensor=8))
+    with pytest.raises(ConfigError, match=r"has 4 along 'heads', which mesh.tensor=8 does not divide"):
+        Translator.load(run.path, config)
 
 
 def test_what_a_run_directory_lacks_is_named(run, tmp_path):
