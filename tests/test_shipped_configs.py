@@ -1,6 +1,7 @@
 """Every shipped config compiles for eight devices, as it stands, without one of its arrays being made."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from tfm import sharding
 from tfm.commands.options import load_config, shipped_configs
 from tfm.config import Config, MeshConfig
 from tfm.data.batches import Batch
-from tfm.decoding.decoder import Decoder
+from tfm.decoding.decoder import Decoder, Rows
 from tfm.model.transformer import Transformer, compute_dtype
 from tfm.training.step import Trainer
 
@@ -35,13 +36,16 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
 
     source, target = config.data.source_row_length, config.data.target_row_length
     batch = Batch(*[row_field(source)] * 3, *[row_field(target)] * 4, row_field())
-    decoder = Decoder(model, mesh, config.decoding, banned=(0, 2, 3))
-    decoder._parameters = abstract(jax.eval_shape(decoder._laid_out, state.parameters), decoder._shardings)
+    decoder = Decoder([model], mesh, config.decoding, banned=(0, 2, 3))
+    decoder._parameters = abstract(jax.eval_shape(decoder._laid_out, (state.parameters,)), decoder._shardings)
+    bucket = decoder.buckets[0]
+    sentences = Rows(jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32))
+    search = functools.partial(decoder._search, bucket)
     with jax.set_mesh(mesh):
         return {
             "train": trainer.train_step.lower(state, batch).compile(),
             "evaluation": trainer.evaluation_step.lower(state.parameters, batch).compile(),
-            "decode": decoder._compile(decoder.buckets[0]),
+            "decode": decoder._program(search, "search", bucket, sentences),
         }
 
 

@@ -148,17 +148,22 @@ class Decoder:
         return self._run(self._score, "score", bucket, rows)
 
     def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
-        where = sharding.batch_sharding(self.mesh)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), rows)
+        program = self._program(function, name, bucket, rows)
+        return program(self._parameters, jax.device_put(rows, sharding.batch_sharding(self.mesh)))
+
+    def _program(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
+        """The compiled function for rows of these shapes."""
         key = (name, bucket, rows.prefix_BT is None)
         if key not in self._compiled:
             start = time.perf_counter()
+            where = sharding.batch_sharding(self.mesh)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), rows)
             program = jax.jit(sharding.per_device(function, self.mesh), in_shardings=(self._shardings, where))
             with jax.set_mesh(self.mesh):
                 self._compiled[key] = program.lower(self._parameters, shapes).compile()
             seconds = time.perf_counter() - start
             self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + seconds
-        return self._compiled[key](self._parameters, jax.device_put(rows, where))
+        return self._compiled[key]
 
     def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
         """The whole search for the rows that one device has."""
