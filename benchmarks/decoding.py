@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -184,6 +185,8 @@ def main() -> None:
     parser.add_argument("--json", help="file for the results; - is standard output")
     arguments = parser.parse_args()
 
+    # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
     report = {"what": vars(arguments), "python": platform.python_version(), "cpu": platform.processor(), "results": []}
     report["versions"] = {

@@ -47,12 +47,22 @@ def sentences() -> list[list[int]]:
     return [[*generator.integers(4, VOCAB, n).tolist(), EOS] for n in (3, 9, 1, 15, 5, 12)]
 
 
+def n_best_of(decoder: Decoder, sentences, bucket: Bucket | None = None) -> list[list[tuple[list[int], float]]]:
+    """(tokens, log-probability) of each hypothesis of each sentence."""
+    bucket = bucket or decoder.buckets[0]
+    tokens, lengths, log_probs = map(np.asarray, decoder.decode(bucket, sentences)[:3])
+    assert tokens.shape[0] == bucket.rows and tokens.shape[2] == bucket.room
+    return [
+        [(tokens[i, r, : lengths[i, r]].tolist(), float(log_probs[i, r])) for r in range(tokens.shape[1])]
+        for i in range(len(sentences))
+    ]
+
+
 def hypotheses(decoder: Decoder, bucket: Bucket, sentences) -> list[tuple[list[int], float]]:
-    """(tokens, log-probability) of each sentence."""
-    tokens, lengths, log_probs = (np.asarray(part)[:, 0] for part in decoder.decode(bucket, sentences)[:3])
-    assert tokens.shape == (bucket.rows, bucket.room)
-    assert np.all(np.isfinite(log_probs))
-    return [(tokens[i, : lengths[i]].tolist(), float(log_probs[i])) for i in range(len(sentences))]
+    """(tokens, log-probability) of the best hypothesis of each sentence."""
+    best = [found[0] for found in n_best_of(decoder, sentences, bucket)]
+    assert np.all(np.isfinite([log_prob for _, log_prob in best]))
+    return best
 
 
 @pytest.fixture(scope="module")
@@ -194,15 +204,6 @@ def n_best(beam_decoder, sentences):
     return n_best_of(beam_decoder, sentences)
 
 
-def n_best_of(decoder: Decoder, sentences) -> list[list[tuple[list[int], float]]]:
-    """(tokens, log-probability) of each hypothesis of each sentence."""
-    tokens, lengths, log_probs = map(np.asarray, decoder.decode(decoder.buckets[0], sentences)[:3])
-    return [
-        [(tokens[i, r, : lengths[i, r]].tolist(), float(log_probs[i, r])) for r in range(tokens.shape[1])]
-        for i in range(len(sentences))
-    ]
-
-
 def scores_of(decoder: Decoder, sources, targets) -> list[float]:
     bucket = decoder.score_buckets[-1]
     found = np.asarray(decoder.score(bucket, sources, [[*target, EOS] for target in targets]))
@@ -285,6 +286,8 @@ def test_two_models_of_the_same_parameters_translate_as_one(parameters, sentence
     decoder.set_parameters(parameters, parameters)
     found = n_best_of(decoder, sentences)
     assert [[t for t, _ in of] for of in found] == [[t for t, _ in of] for of in n_best]
+    scores = scores_of(decoder, sentences[:4], [of[0][0] for of in n_best[:4]])
+    np.testing.assert_allclose(scores, [of[0][1] for of in n_best[:4]], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mean", ["log_probs", "probs"])

@@ -32,7 +32,9 @@ def test_the_normaliser_counts_what_the_search_leaves_out():
     logits = np.random.default_rng(0).normal(size=(2, 3, 200)).astype(np.float32) * 20
     logits[0, 0, EOS] = 500
     expected = np.log(np.exp(logits.astype(np.float64) - 500).sum(-1)) + 500
-    np.testing.assert_allclose(log_normaliser(logits, maxima(logits, EOS), EOS), expected, rtol=1e-6)
+    peak, rest = log_normaliser(logits, maxima(logits, EOS), EOS)
+    np.testing.assert_array_equal(peak, logits.max(-1))
+    np.testing.assert_allclose(peak + rest, expected, rtol=1e-6)
 
 
 def test_truncation_keeps_the_likeliest_and_no_more():

@@ -234,7 +234,8 @@ class Decoder:
             logits = [transformer.project(model, tree, x_TD[None]) for model, tree, x_TD in parts]
             logits_1TV = self._mean_of_models(logits)
             chosen_1T = jnp.take_along_axis(logits_1TV, target_T[None, :, None], axis=-1)[..., 0]
-            return (chosen_1T - log_normaliser(logits_1TV, maxima(logits_1TV, leave_out=EOS), EOS))[0]
+            peak_1T, rest_1T = log_normaliser(logits_1TV, maxima(logits_1TV, leave_out=EOS), EOS)
+            return (chosen_1T - peak_1T - rest_1T)[0]
 
         # The logits of all positions at once may be more than there is room for.
         at_once = max(1, _SCORED_AT_ONCE // target_BT.shape[1])

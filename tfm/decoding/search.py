@@ -164,7 +164,8 @@ def _walk(
             tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
         tokens_BW = jnp.where(position >= limits.most_B[:, None], eos, tokens_BW)
         chosen_BW = jnp.take_along_axis(logits_BWV, tokens_BW[..., None], axis=-1)[..., 0]
-        log_probs_BW = chosen_BW - log_normaliser(logits_BWV, maxima_BWN, eos)
+        peak_BW, rest_BW = log_normaliser(logits_BWV, maxima_BWN, eos)
+        log_probs_BW = chosen_BW - peak_BW - rest_BW
         # Not a number: the walk ends, rather than go on to its limit without knowing where.
         tokens_BW = jnp.where(state.finished_BW | jnp.isnan(log_probs_BW), eos, tokens_BW)
         return _Walk(
@@ -262,7 +263,8 @@ def beam(
         position = state.position
         logits_BWV, inner = step_fn(state.last_BW, state.cache)
         maxima_BWN = maxima(logits_BWV, leave_out=eos)
-        base_BW = state.log_probs_BW - log_normaliser(logits_BWV, maxima_BWN, eos)
+        peak_BW, rest_BW = log_normaliser(logits_BWV, maxima_BWN, eos)
+        base_BW = state.log_probs_BW - rest_BW - peak_BW
 
         ended_BW = jnp.where((position >= limits.least_B)[:, None], base_BW + logits_BWV[..., eos], -jnp.inf)
         if limits.prefix_BT is not None:

@@ -29,10 +29,13 @@ def maxima(logits_BWV: jax.Array, leave_out: int) -> jax.Array:
     return jnp.max(_blocks(jnp.where(ids_11V == leave_out, -jnp.inf, logits_BWV)), axis=-1)
 
 
-def log_normaliser(logits_BWV: jax.Array, maxima_BWN: jax.Array, left_out: int) -> jax.Array:
-    """log sum exp [B, W] of the logits, given what `maxima` found."""
+def log_normaliser(logits_BWV: jax.Array, maxima_BWN: jax.Array, left_out: int) -> tuple[jax.Array, jax.Array]:
+    """log sum exp of the logits in two parts [B, W], given what `maxima` found: the largest logit, and the rest.
+
+    A log-probability near 0 keeps its digits only if the first part is taken from the logit before the second is.
+    """
     peak_BW = jnp.maximum(jnp.max(maxima_BWN, axis=-1), logits_BWV[..., left_out])
-    return peak_BW + jnp.log(jnp.sum(jnp.exp(logits_BWV - peak_BW[..., None]), axis=-1))
+    return peak_BW, jnp.log(jnp.sum(jnp.exp(logits_BWV - peak_BW[..., None]), axis=-1))
 
 
 def best_tokens(
