@@ -29,6 +29,8 @@ def get_config() -> Config:
             validation_split="val",
             test_split="test_2016_flickr",
             vocab_size=10_000,
+            segmentations=16,
+            segmentation_alpha=0.2,
             source_row_length=64,
             target_row_length=64,
         ),

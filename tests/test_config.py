@@ -32,7 +32,7 @@ def names(text: str) -> list[str]:
 AT_LEAST_ONE = names("""
     model.d_model model.d_ff model.num_heads model.d_k model.d_v model.encoder_layers model.decoder_layers
     data.vocab_size data.tokenizer_sample data.source_row_length data.target_row_length data.window_pairs
-    data.read_ahead
+    data.read_ahead data.segmentations
     optimizer.warmup_steps optimizer.decay_steps
     training.steps training.target_tokens_per_batch training.gradient_accumulation training.unroll_layers
     training.log_every training.checkpoint_every training.keep_last training.evaluate_every training.evaluate_sentences
@@ -41,7 +41,7 @@ AT_LEAST_ONE = names("""
     decoding.beam_size decoding.n_best decoding.tokens_per_batch training.evaluate_beam_size
 """)
 NOT_NEGATIVE = names("""
-    optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
+    optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm data.segmentation_alpha
     training.keep_best training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens
     decoding.min_length decoding.sampling_top_k decoding.sampling_seed
 """)

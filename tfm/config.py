@@ -98,6 +98,12 @@ class DataConfig:
     """Sentences, both sides together, that the tokenizer is trained on."""
     tokenizer_model: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model that is trained."""
+    segmentations: int = _at_least(1, 1)
+    """Ways in which each training pair is cut into pieces (subword regularisation, Kudo 2018): the store holds the pair
+    that many times, once as the tokenizer does it best and the others drawn at random."""
+    segmentation_alpha: float = _at_least(0, 0.2)
+    """How those are drawn: by probability to this power (unigram; nearer 0 is wilder), or by merges dropped, as a share
+    from 0 to 1 (bpe)."""
     source_row_length: int = _at_least(1, 256)
     """Source tokens in a training row; several pairs share a row."""
     target_row_length: int = _at_least(1, 256)

@@ -76,6 +76,41 @@ def test_same_input_gives_the_same_store_and_a_change_another(tmp_path, corpus):
     assert weighted.corpus_hash != stores[0].corpus_hash
 
 
+@pytest.mark.parametrize(("model", "alpha"), [("unigram", 0.02), ("bpe", 0.3)])
+def test_segmentations_spell_the_same_text_in_training_alone(tmp_path, corpus, model, alpha):
+    fields = dict(segmentations=4, segmentation_alpha=alpha, tokenizer_model=model)
+    store = prepare(config(corpus, options=";tag=<2de>", **fields), tmp_path / "a")
+    pairs = write_corpus(tmp_path / "again", "train", range(1000, 1600))
+    assert texts(store, "train") == [("<2de> " + source, target) for source, target in pairs] * 4
+    assert texts(store, "validation") == [
+        ("<2de> " + source, target) for source, target in write_corpus(tmp_path / "again", "val", range(1600, 1640))
+    ]
+    rows = store.tables("train")[0]
+    versions = [[tuple(map(tuple, rows.pair(600 * v + i))) for i in range(600)] for v in range(4)]
+    tag = store.tokenizer.tag_id("<2de>")
+    for (source, target), best in zip(pairs, versions[0], strict=True):
+        ids = store.tokenizer.encode([source, target])
+        assert best == ((tag, *ids[0], EOS), (*ids[1], EOS))
+    for v in range(1, 4):
+        others = sum(versions[v][i] != versions[0][i] for i in range(600))
+        assert others > 100
+        assert sum(versions[v][i] != versions[v - 1][i] for i in range(600)) > 100
+    assert store.report.splits[0].stored == 600
+    again = prepare(config(corpus, options=";tag=<2de>", **fields), tmp_path / "b")
+    assert again.corpus_hash == store.corpus_hash
+
+
+def test_segmentation_too_long_for_a_row_gives_way_to_the_best(tmp_path, corpus):
+    best = prepare(config(corpus), tmp_path / "a").tables("train")[0]
+    row = int(max(best.source_lengths.max(), best.lengths("target", np.arange(600)).max()))
+    lengths = dict(source_row_length=row, target_row_length=row)
+    rows = prepare(config(corpus, segmentations=3, segmentation_alpha=0.01, **lengths), tmp_path / "b").tables("train")[
+        0
+    ]
+    assert len(rows) == 3 * 600
+    assert max(len(side) for i in range(len(rows)) for side in rows.pair(i)) == row
+
+
 def test_mixture_with_weights_tags_and_a_corpus_without_validation(tmp_path, corpus):
     back = write_corpus(tmp_path / "back", "train", range(7000, 7100))
     fields = config(corpus).data

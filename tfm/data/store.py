@@ -37,6 +37,7 @@ __all__ = ["PairTable", "Shard", "StoreWriter", "TokenStore", "open_store", "pre
 _FIELDS = (
     *("corpus", "source_language", "target_language", "train_split", "validation_split"),
     *("source_row_length", "target_row_length", "max_length_ratio", "drop_duplicates"),
+    *("segmentations", "segmentation_alpha"),
 )
 _TOKENIZER_FIELDS = ("vocab_size", "tokenizer_sample", "tokenizer_model")
 

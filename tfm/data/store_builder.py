@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfm.config import Config, InputError
+from tfm.config import Config, DataConfig, InputError
 from tfm.data.checks import EMPTY, CorpusReport, SplitReport, TextChecks, check_lengths
 from tfm.data.corpus import Corpus, RawPair, corpora_with, to_text
-from tfm.data.shards import SIDES, TOKENIZER, StoreWriter
+from tfm.data.shards import TOKENIZER, StoreWriter
 from tfm.data.tokenizer import EOS, SentenceSample, Tokenizer, train_tokenizer
 
 _CHUNK = 20_000  # pairs read, checked and tokenized at a time
@@ -91,36 +91,30 @@ def _tokenize(
     """Second pass over a split: tokenizes on all cores, drops what training drops, and writes."""
     data = config.data
     writer.start_table(corpus.name, report.split, corpus.spec.weight)
-    prefix = [tokenizer.tag_id(corpus.spec.tag)] if corpus.spec.tag else []
+    prefixes: tuple[list[int], list[int]] = ([tokenizer.tag_id(corpus.spec.tag)] if corpus.spec.tag else [], [])
+    limits = (data.source_row_length, data.target_row_length)
     texts: list[tuple[str, str]] = []
     line = 1
     for chunk in _chunks(corpus.pairs(report.split)):
         pairs = [(to_text(source), to_text(target)) for source, target in chunk]
-        ids = {side: tokenizer.encode([pair[i] for pair in pairs]) for i, side in enumerate(SIDES)}
-        extra = {"source": len(prefix) + 1, "target": 1}
-        lengths = {side: np.fromiter(map(len, ids[side]), np.int32, len(pairs)) for side in SIDES}
-        empty = (lengths["source"] == 0) | (lengths["target"] == 0)
-        lengths = {side: lengths[side] + extra[side] for side in SIDES}
-        keep = check_lengths(
-            report,
-            line,
-            empty,
-            lengths["source"],
-            lengths["target"],
-            (data.source_row_length, data.target_row_length),
-            data.max_length_ratio,
-        )
+        ids = [tokenizer.encode(side) for side in zip(*pairs, strict=True)]
+        empty = np.array([not (source and target) for source, target in zip(*ids, strict=True)])
+        rows = [_framed(prefix, side) for prefix, side in zip(prefixes, ids, strict=True)]
+        keep = check_lengths(report, line, empty, *map(_lengths, rows), limits, data.max_length_ratio)
         if repeated is not None:
             keep &= ~repeated[line - 1 : line - 1 + len(pairs)]
         kept = np.flatnonzero(keep)
-        flat = {
-            "source": _flat([*prefix, *ids["source"][i], EOS] for i in kept),
-            "target": _flat([*ids["target"][i], EOS] for i in kept),
-        }
-        writer.append(flat["source"], lengths["source"][keep], flat["target"], lengths["target"][keep])
+        source, target = ([side[i] for i in kept] for side in rows)
+        writer.append(_flat(source), _lengths(source), _flat(target), _lengths(target))
         report.stored += len(kept)
-        report.source_tokens += len(flat["source"])
-        report.target_tokens += len(flat["target"])
+        report.source_tokens += sum(map(len, source))
+        report.target_tokens += sum(map(len, target))
+        if report.training and data.segmentations > 1 and len(kept):
+            sentences = zip(*(pairs[i] for i in kept), strict=True)
+            sides = zip(sentences, (source, target), prefixes, limits, strict=True)
+            drawn = [_drawn(tokenizer, data, *side, seed=line) for side in sides]
+            for source, target in zip(*drawn, strict=True):
+                writer.append(_flat(source), _lengths(source), _flat(target), _lengths(target))
         if not report.training:
             texts += pairs
         line += len(pairs)
@@ -134,6 +128,31 @@ def _tokenize(
         )
     if texts:
         writer.add_text(texts)
+
+
+def _drawn(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    sentences: Sequence[str],
+    best: Sequence[list[int]],
+    prefix: list[int],
+    limit: int,
+    seed: int,
+) -> list[list[list[int]]]:
+    """The random segmentations of one side; the best one stands in for one that is too long for a row."""
+    versions = tokenizer.sample(sentences, data.segmentations - 1, data.segmentation_alpha, seed)
+    return [
+        [row if len(row) <= limit else fallback for row, fallback in zip(_framed(prefix, rows), best, strict=True)]
+        for rows in versions
+    ]
+
+
+def _framed(prefix: list[int], rows: Sequence[list[int]]) -> list[list[int]]:
+    return [[*prefix, *row, EOS] for row in rows]
+
+
+def _lengths(rows: Sequence[list[int]]) -> npt.NDArray[np.int32]:
+    return np.fromiter(map(len, rows), np.int32, len(rows))
 
 
 def _flat(rows: Iterable[list[int]]) -> npt.NDArray[np.int32]:

@@ -7,12 +7,14 @@ that no text is ever unknown. Only blanks are folded, since a line of output mus
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,29 @@ class Tokenizer:
 
         A line break within one counts as a blank; a tag that it begins with becomes the tag's id.
         """
+        texts, tags = self._without_tags(sentences)
+        rows = self._processor.encode(texts, out_type=int, num_threads=os.cpu_count() or 1)
+        return _with_tags(rows, tags)
+
+    def sample(self, sentences: Sequence[str], count: int, alpha: float, seed: int) -> list[list[list[int]]]:
+        """`count` random segmentations of each sentence, as ids without EOS: [count, sentences, ...].
+
+        Subword regularisation: unigram draws by probability to the power `alpha` (Kudo, 2018), BPE leaves out a merge
+        with probability `alpha` (Provilkov et al., 2020). Equal arguments give equal draws.
+        """
+        texts, tags = self._without_tags(sentences)
+
+        def draw() -> list[list[list[int]]]:
+            encode = functools.partial(self._processor.encode, enable_sampling=True, nbest_size=-1, alpha=alpha)
+            return [_with_tags([encode(text) for text in texts], tags) for _ in range(count)]
+
+        # SentencePiece has one generator a thread, seeded when the thread first draws: only a new one starts afresh.
+        sentencepiece.set_random_generator_seed(seed)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(draw).result()
+
+    def _without_tags(self, sentences: Sequence[str]) -> tuple[list[str], dict[int, int]]:
+        """The sentences as single lines without the tag that one begins with, and those tags' ids by index."""
         texts = [single_line(sentence) for sentence in sentences]
         tags: dict[int, int] = {}
         for index, text in enumerate(texts):
@@ -73,10 +98,7 @@ class Tokenizer:
                 texts[index], tag = self.split_tag(text)
                 if tag is not None:
                     tags[index] = tag
-        rows = self._processor.encode(texts, out_type=int, num_threads=os.cpu_count() or 1)
-        for index, tag in tags.items():
-            rows[index].insert(0, tag)
-        return rows
+        return texts, tags
 
     def split_tag(self, text: str) -> tuple[str, int | None]:
         """What follows the tag that the text begins with, and the tag's id, as a tagged corpus has them: no blank.
@@ -115,6 +137,12 @@ class Tokenizer:
                 "one is trained with it, or take the tag out of data.corpus"
             )
         return token
+
+
+def _with_tags(rows: list[list[int]], tags: Mapping[int, int]) -> list[list[int]]:
+    for index, tag in tags.items():
+        rows[index].insert(0, tag)
+    return rows
 
 
 class SentenceSample:
