@@ -35,12 +35,13 @@ def tfm_search(sentences: np.ndarray, beam: int) -> Batch:
 
     from tfm import sharding
     from tfm.commands.options import load_config
-    from tfm.config import DecodingConfig, MeshConfig
+    from tfm.config import DecodingConfig
     from tfm.decoding.decoder import Decoder
     from tfm.model.transformer import Transformer, init_parameters
 
     count, length = sentences.shape
-    mesh = sharding.make_mesh(MeshConfig())
+    sharding.decode_on_every_core()
+    mesh = sharding.decoding_mesh(tensor=1)
     model = Transformer(load_config("multi30k").model, VOCAB)
     parameters = jax.jit(lambda: init_parameters(model, 0))()
     decoders = {}
@@ -110,6 +111,7 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, threads: int, folder: P
     spec.config.decoder_start_token = "<s>"
     spec.validate()
     spec.optimize()
+    folder.mkdir()
     spec.save(str(folder))
     translator = ctranslate2.Translator(
         str(folder), device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads

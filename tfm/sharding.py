@@ -6,6 +6,7 @@ Parameters and activations have names of their own, since one table for both wou
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -48,6 +49,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "activation_vocab": "tensor",
 }
 
+_MOST_CPU_DEVICES = 16  # with more of them, each would have but a few sentences of a batch
+
 # Options of glibc's mallopt(3): M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
 _KEEP_FREED_MEMORY = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
 
@@ -88,6 +91,19 @@ def decoding_mesh(tensor: int) -> Mesh:
         _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, jax.device_count())
         tensor = 1
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor))
+
+
+def decode_on_every_core() -> None:
+    """Makes a device of each CPU core, where CPUs are all there is: to be called before anything has asked for devices.
+
+    Searches on two devices run side by side; on one device, each of the many small operations of a step would be split
+    over the cores, and wait for all of them: 0.7 times as fast, measured on two cores.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # too late: with the devices that there are
+        jax.config.update("jax_num_cpu_devices", min(_MOST_CPU_DEVICES, cores))
 
 
 def _keep_freed_memory() -> None:

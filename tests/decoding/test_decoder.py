@@ -128,7 +128,8 @@ def test_a_limit_is_the_source_s_length_and_so_many_tokens_more(parameters, sent
     """With the end symbol ruled out every translation runs into its limit; 50 is the default, as in the paper."""
     config = DecodingConfig(beam_size=1, max_source_length=16, tokens_per_batch=384)
     decoder = Decoder([MODEL], one_device(), config, BANNED)
-    decoder._bias_V[EOS] = -1e4  # not infinite, since each translation ends in it after all
+    # Not banned, since each translation ends in it after all.
+    decoder._mean_of_models = lambda logits: logits[0].at[..., EOS].add(-1e4)
     decoder.set_parameters(parameters)
     assert not np.asarray(decoder.decode(decoder.buckets[0], sentences).is_whole_B)[: len(sentences)].any()
     found = hypotheses(decoder, decoder.long_buckets[0], sentences)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tfm.decoding.vocabulary import best_tokens, log_normaliser, maxima, truncated
+from tfm.decoding.vocabulary import Vocabulary, truncated
 
 EOS = 1
 
@@ -16,10 +16,13 @@ def test_the_best_tokens_are_those_of_a_sort(beams, vocab, count):
     logits = generator.integers(0, 9, (6, beams, vocab)).astype(np.float32)
     logits[0, :, ::3] = -np.inf
     base = generator.integers(-4, 1, (6, beams)).astype(np.float32)
-    sums, of_beams, tokens = jax.jit(lambda: best_tokens(logits, maxima(logits, EOS), base, count, EOS))()
+    banned = [0, vocab - 1]
+    logits[1, :, banned] = [[1e30], [np.inf]]
+    vocabulary = Vocabulary(vocab, EOS, banned)
+    sums, of_beams, tokens = jax.jit(lambda: vocabulary.best_tokens(logits, vocabulary.maxima(logits), base, count))()
     for row in range(6):
         its = logits[row] + base[row][:, None]
-        its[:, EOS] = -np.inf
+        its[:, [EOS, *banned]] = -np.inf
         order = np.argsort(-its, axis=None, kind="stable")[:count]
         expected = its.reshape(-1)[order]
         np.testing.assert_array_equal(sums[row], expected)
@@ -28,13 +31,21 @@ def test_the_best_tokens_are_those_of_a_sort(beams, vocab, count):
         np.testing.assert_array_equal(np.asarray(tokens[row])[there], (order % vocab)[there])
 
 
-def test_the_normaliser_counts_what_the_search_leaves_out():
+def test_the_normaliser_counts_the_end_and_nothing_that_is_banned():
     logits = np.random.default_rng(0).normal(size=(2, 3, 200)).astype(np.float32) * 20
     logits[0, 0, EOS] = 500
-    expected = np.log(np.exp(logits.astype(np.float64) - 500).sum(-1)) + 500
-    peak, rest = log_normaliser(logits, maxima(logits, EOS), EOS)
-    np.testing.assert_array_equal(peak, logits.max(-1))
+    banned = [0, 7, 150, 199]
+    left = np.delete(logits, banned, axis=-1).astype(np.float64)
+    expected = np.log(np.exp(left - 500).sum(-1)) + 500
+    logits[..., banned] = [1e30, np.inf, 400, -3]  # whatever they are
+    vocabulary = Vocabulary(200, EOS, banned)
+    peak, rest = vocabulary.log_normaliser(logits, vocabulary.maxima(logits))
+    np.testing.assert_array_equal(peak, left.max(-1))
     np.testing.assert_allclose(peak + rest, expected, rtol=1e-6)
+    chosen = vocabulary.logits_of(logits, np.array([[7, 8, 199], [EOS, 150, 9]]))
+    np.testing.assert_array_equal(
+        chosen, [[-np.inf, logits[0, 1, 8], -np.inf], [logits[1, 0, EOS], -np.inf, logits[1, 2, 9]]]
+    )
 
 
 def test_truncation_keeps_the_likeliest_and_no_more():

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     from tfm.decoding.translator import Translator
 
     sharding.use_compilation_cache()
+    sharding.decode_on_every_core()
     translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
     start = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]

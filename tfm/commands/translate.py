@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
             decoding = dataclasses.replace(config.decoding, tokens_per_batch=config.decoding.max_source_length)
             config = dataclasses.replace(config, decoding=decoding)
         sharding.use_compilation_cache()
+        sharding.decode_on_every_core()
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()
         given = None if prefixes is None else text_lines(prefixes)

@@ -22,7 +22,7 @@ from tfm import sharding
 from tfm.config import ConfigError, DecodingConfig
 from tfm.data.tokenizer import BOS, EOS, PAD
 from tfm.decoding import search
-from tfm.decoding.vocabulary import log_normaliser, maxima
+from tfm.decoding.vocabulary import Vocabulary
 from tfm.model import transformer
 from tfm.model.transformer import Transformer, abstract_parameters
 
@@ -92,9 +92,9 @@ class Decoder:
         self._compiled: dict[Any, Any] = {}
         self._parameters: Any = None
         boxed = [abstract_parameters(model) for model in self.models]
-        forbidden_V = np.arange(boxed[0]["target_embedding"]["table"].unbox().shape[0]) >= vocab_size
-        forbidden_V[list(banned)] = True
-        self._bias_V = np.where(forbidden_V, -np.inf, 0.0).astype(np.float32)
+        padded_size = boxed[0]["target_embedding"]["table"].unbox().shape[0]
+        self._banned = (*banned, *range(vocab_size, padded_size))
+        self._vocabulary = Vocabulary(padded_size, EOS, self._banned)
         axes = [sharding.logical_axes(transformer.unstack_axes(tree)) for tree in boxed]
         self._shardings = tuple(sharding.decode_shardings(mesh, tree) for tree in axes)
         self._lay_out = jax.jit(self._laid_out, out_shardings=self._shardings)
@@ -176,6 +176,7 @@ class Decoder:
         patience_B = self._usual(sizes_B) if bucket.gives_up else bucket.room
         limits = search.Limits(jnp.minimum(c.min_length, most_B), most_B, patience_B, rows.prefix_BT)
         beams = c.n_best if c.sampling else c.beam_size
+        symbols = {"bos": BOS, "eos": EOS, "banned": self._banned}
         start = tuple(
             transformer.start_decoding(model, tree, rows.source_BS, mask_BS, beams=beams, length=bucket.room)
             for model, tree in zip(self.models, parameters, strict=True)
@@ -190,14 +191,11 @@ class Decoder:
                 temperature=c.sampling_temperature,
                 top_k=c.sampling_top_k,
                 top_p=c.sampling_top_p,
-                bos=BOS,
-                eos=EOS,
+                **symbols,
             )
         if beams == 1:
-            return search.greedy(step, cache, limits, bos=BOS, eos=EOS)
-        return search.beam(
-            *(step, cache, limits), beams=beams, n_best=c.n_best, alpha=c.length_penalty, bos=BOS, eos=EOS
-        )
+            return search.greedy(step, cache, limits, **symbols)
+        return search.beam(step, cache, limits, beams=beams, n_best=c.n_best, alpha=c.length_penalty, **symbols)
 
     def _step(self, parameters: tuple[Any, ...], tokens_BW: jax.Array, caches: tuple[Any, ...]) -> tuple[Any, Any]:
         """One step of all models: logits [B, W, V] and the caches."""
@@ -211,11 +209,10 @@ class Decoder:
         return tuple(transformer.reorder_beams(cache, parents_BW) for cache in caches)
 
     def _mean_of_models(self, logits: Sequence[jax.Array]) -> jax.Array:
-        """Logits of all models as one, without what is banned."""
-        bias_V = jnp.asarray(self._bias_V).reshape((1,) * (logits[0].ndim - 1) + (-1,))
+        """Logits of all models as one; what is banned counts in none of them."""
         if len(logits) == 1:
-            return logits[0] + bias_V
-        log_probs = jnp.stack([jax.nn.log_softmax(part + bias_V, axis=-1) for part in logits])
+            return logits[0]
+        log_probs = jnp.stack([jax.nn.log_softmax(self._vocabulary.masked(part), axis=-1) for part in logits])
         if self.config.ensemble_mean == "probs":
             return jax.nn.logsumexp(log_probs, axis=0)
         return jnp.mean(log_probs, axis=0)
@@ -233,9 +230,8 @@ class Decoder:
             parts = zip(self.models, parameters, outputs_TD, strict=True)
             logits = [transformer.project(model, tree, x_TD[None]) for model, tree, x_TD in parts]
             logits_1TV = self._mean_of_models(logits)
-            chosen_1T = jnp.take_along_axis(logits_1TV, target_T[None, :, None], axis=-1)[..., 0]
-            peak_1T, rest_1T = log_normaliser(logits_1TV, maxima(logits_1TV, leave_out=EOS), EOS)
-            return (chosen_1T - peak_1T - rest_1T)[0]
+            peak_1T, rest_1T = self._vocabulary.log_normaliser(logits_1TV, self._vocabulary.maxima(logits_1TV))
+            return (self._vocabulary.logits_of(logits_1TV, target_T[None]) - peak_1T - rest_1T)[0]
 
         # The logits of all positions at once may be more than there is room for.
         at_once = max(1, _SCORED_AT_ONCE // target_BT.shape[1])

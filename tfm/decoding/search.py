@@ -9,13 +9,13 @@ Dimension R: complete hypotheses that are kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tfm.decoding.vocabulary import best_tokens, log_normaliser, maxima, truncated
+from tfm.decoding.vocabulary import Vocabulary, truncated
 
 StepFunction = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -71,25 +71,29 @@ class _Walk:
     cache: Any
 
 
-def greedy(step_fn: StepFunction, cache: Cache, limits: Limits, *, bos: int, eos: int) -> Hypotheses:
+def greedy(
+    step_fn: StepFunction, cache: Cache, limits: Limits, *, bos: int, eos: int, banned: Sequence[int] = ()
+) -> Hypotheses:
     """The likeliest token at each step, until the end symbol; the first of equals.
 
     Args:
-      step_fn: tokens [B, 1] and the cache to logits [B, 1, V] of the next token and the cache. A token that must not be
-        generated has -inf.
+      step_fn: tokens [B, 1] and the cache to logits [B, 1, V] of the next token and the cache.
       cache: of the step function.
       limits: of each sentence.
       bos: the token that every walk starts from.
       eos: id of the end symbol.
+      banned: ids that are never generated, whatever their logits are.
     """
 
-    def choose(logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B: jax.Array, _: jax.Array) -> jax.Array:
-        best_B1, _, tokens_B1 = best_tokens(logits_BWV, maxima_BWN, jnp.zeros(logits_BWV.shape[:2]), 1, leave_out=eos)
-        end_B1 = logits_BWV[..., eos]
+    def choose(
+        vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B: jax.Array, _: jax.Array
+    ) -> jax.Array:
+        best_B1, _, tokens_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWN, jnp.zeros(logits_BWV.shape[:2]), 1)
+        end_B1 = vocabulary.logits_of_end(logits_BWV)
         ends_B1 = (end_B1 > best_B1) | ((end_B1 == best_B1) & (eos < tokens_B1))
         return jnp.where(ends_B1 & may_end_B[:, None], eos, tokens_B1)
 
-    return _walk(step_fn, cache, limits, choose, walks=1, bos=bos, eos=eos)
+    return _walk(step_fn, cache, limits, choose, walks=1, bos=bos, eos=eos, banned=banned)
 
 
 def sample(
@@ -104,11 +108,12 @@ def sample(
     top_p: float,
     bos: int,
     eos: int,
+    banned: Sequence[int] = (),
 ) -> Hypotheses:
     """`samples` translations a sentence, each token drawn from the model's distribution; the likeliest first.
 
     Args:
-      step_fn, cache, limits, bos, eos: as for `greedy`, with `samples` in the place of beams.
+      step_fn, cache, limits, bos, eos, banned: as for `greedy`, with `samples` in the place of beams.
       keys_B: random keys of the sentences (`jax.random.key`); nothing else makes two sentences differ.
       samples: W of the result.
       temperature: logits are divided by it.
@@ -116,9 +121,11 @@ def sample(
       top_p: only the likeliest tokens that have together at least this probability can be drawn; 1 is all.
     """
 
-    def choose(logits_BWV: jax.Array, _: jax.Array, may_end_B: jax.Array, position: jax.Array) -> jax.Array:
+    def choose(
+        vocabulary: Vocabulary, logits_BWV: jax.Array, _: jax.Array, may_end_B: jax.Array, position: jax.Array
+    ) -> jax.Array:
         is_end_11V = jnp.arange(logits_BWV.shape[-1])[None, None] == eos
-        logits_BWV = jnp.where(is_end_11V & ~may_end_B[:, None, None], -jnp.inf, logits_BWV)
+        logits_BWV = jnp.where(is_end_11V & ~may_end_B[:, None, None], -jnp.inf, vocabulary.masked(logits_BWV))
 
         def noise(key: jax.Array, number: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(key, number), position)
@@ -129,7 +136,7 @@ def sample(
         noisy_BWV = truncated(logits_BWV / temperature, top_k, top_p) + noise_BWV
         return jnp.argmax(noisy_BWV, axis=-1).astype(jnp.int32)
 
-    found = _walk(step_fn, cache, limits, choose, walks=samples, bos=bos, eos=eos)
+    found = _walk(step_fn, cache, limits, choose, walks=samples, bos=bos, eos=eos, banned=banned)
     order_BW = jnp.argsort(-found.log_probs_BW, axis=1)
     return found._replace(
         tokens_BWT=jnp.take_along_axis(found.tokens_BWT, order_BW[..., None], axis=1),
@@ -142,30 +149,32 @@ def _walk(
     step_fn: StepFunction,
     cache: Cache,
     limits: Limits,
-    choose: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    choose: Callable[[Vocabulary, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     *,
     walks: int,
     bos: int,
     eos: int,
+    banned: Sequence[int],
 ) -> Hypotheses:
     """Walks until the end symbol, each going on with the token [B, W] that `choose` picks.
 
-    `choose` is given the logits [B, W, V], their `maxima`, whether sentences may end here [B], and the position.
+    `choose` is given the vocabulary, the logits [B, W, V], their maxima, whether sentences may end here [B], and the
+    position.
     """
     batch, length = limits.most_B.shape[0], cache.length
 
     def step(state: _Walk) -> _Walk:
         position = state.position
         logits_BWV, inner = step_fn(state.last_BW, state.cache)
-        maxima_BWN = maxima(logits_BWV, leave_out=eos)
-        tokens_BW = choose(logits_BWV, maxima_BWN, position >= limits.least_B, position)
+        vocabulary = Vocabulary(logits_BWV.shape[-1], eos, banned)
+        maxima_BWN = vocabulary.maxima(logits_BWV)
+        tokens_BW = choose(vocabulary, logits_BWV, maxima_BWN, position >= limits.least_B, position)
         if limits.prefix_BT is not None:
             forced_B1 = _prefix_at(position, limits)[:, None]
             tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
         tokens_BW = jnp.where(position >= limits.most_B[:, None], eos, tokens_BW)
-        chosen_BW = jnp.take_along_axis(logits_BWV, tokens_BW[..., None], axis=-1)[..., 0]
-        peak_BW, rest_BW = log_normaliser(logits_BWV, maxima_BWN, eos)
-        log_probs_BW = chosen_BW - peak_BW - rest_BW
+        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
+        log_probs_BW = vocabulary.logits_of(logits_BWV, tokens_BW) - peak_BW - rest_BW
         # Not a number: the walk ends, rather than go on to its limit without knowing where.
         tokens_BW = jnp.where(state.finished_BW | jnp.isnan(log_probs_BW), eos, tokens_BW)
         return _Walk(
@@ -239,6 +248,7 @@ def beam(
     alpha: float,
     bos: int,
     eos: int,
+    banned: Sequence[int] = (),
 ) -> Hypotheses:
     """Beam search for the hypotheses of the highest log-probability / `length_penalty`.
 
@@ -247,14 +257,13 @@ def beam(
     certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
 
     Args:
-      step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache. A token that must not be
-        generated has -inf.
+      step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache.
       cache: of the step function.
       limits: of each sentence.
       beams: living hypotheses W a sentence.
       n_best: complete hypotheses R that are kept, the result's W.
       alpha: of the length penalty; 0 is none.
-      bos, eos: as for `greedy`.
+      bos, eos, banned: as for `greedy`.
     """
     batch, length = limits.most_B.shape[0], cache.length
     longest_penalty_B = length_penalty(limits.most_B + 1, alpha)
@@ -262,19 +271,21 @@ def beam(
     def step(state: _Beams) -> _Beams:
         position = state.position
         logits_BWV, inner = step_fn(state.last_BW, state.cache)
-        maxima_BWN = maxima(logits_BWV, leave_out=eos)
-        peak_BW, rest_BW = log_normaliser(logits_BWV, maxima_BWN, eos)
+        vocabulary = Vocabulary(logits_BWV.shape[-1], eos, banned)
+        maxima_BWN = vocabulary.maxima(logits_BWV)
+        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
         base_BW = state.log_probs_BW - rest_BW - peak_BW
 
-        ended_BW = jnp.where((position >= limits.least_B)[:, None], base_BW + logits_BWV[..., eos], -jnp.inf)
+        may_end_B1 = (position >= limits.least_B)[:, None]
+        ended_BW = jnp.where(may_end_B1, base_BW + vocabulary.logits_of_end(logits_BWV), -jnp.inf)
         if limits.prefix_BT is not None:
             forced_B1 = _prefix_at(position, limits)[:, None]
             ended_BW = jnp.where(forced_B1 >= 0, -jnp.inf, ended_BW)
         scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
 
-        log_probs_BW, parents_BW, tokens_BW = best_tokens(logits_BWV, maxima_BWN, base_BW, beams, leave_out=eos)
+        log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWN, base_BW, beams)
         if limits.prefix_BT is not None:
-            forced_log_prob_B1 = base_BW[:, :1] + jnp.take_along_axis(logits_BWV[:, 0], forced_B1.clip(0), axis=1)
+            forced_log_prob_B1 = base_BW[:, :1] + vocabulary.logits_of(logits_BWV[:, :1], forced_B1.clip(0))
             first_1W = (jnp.arange(beams) == 0)[None]
             log_probs_BW = jnp.where(forced_B1 < 0, log_probs_BW, jnp.where(first_1W, forced_log_prob_B1, -jnp.inf))
             parents_BW = jnp.where(forced_B1 < 0, parents_BW, 0)

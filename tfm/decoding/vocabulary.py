@@ -1,18 +1,121 @@
 """What a search asks of logits: the likeliest tokens, the normaliser, and what is left of them for sampling.
 
 A step looks through the vocabulary twice, once for the largest logit of each block of it and once for the sum of
-exponentials. On a CPU `top_k` over a whole vocabulary costs ten times as much, and `argmax` not much less.
+exponentials. On a CPU `top_k` over a whole vocabulary costs ten times as much, `argmax` not much less, and each further
+look, were it only to put -inf where a token is banned, a third of the product that made the logits. So logits stay as
+they are, and the few blocks that hold a banned token are looked at once more.
 
 Dimensions: N blocks of X tokens; K tokens that are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _BLOCK = 128
 _UNROLLED = 8  # picks that are compiled side by side
+
+
+class Vocabulary:
+    """What may be said: any token but those that are `banned`; the end symbol is nothing that one goes on with.
+
+    Args:
+      size: V of the logits.
+      eos: id of the end symbol.
+      banned: ids with no probability, whatever their logits are.
+    """
+
+    def __init__(self, size: int, eos: int, banned: Sequence[int] = ()):
+        self.eos = eos
+        self._blocks = -(-size // _BLOCK)
+        possible_L = np.arange(self._blocks * _BLOCK) < size
+        possible_L[list(banned)] = False
+        goes_on_L = possible_L.copy()
+        goes_on_L[eos] = False
+        self.possible_V = possible_L[:size]
+        self._possible_NX, self._goes_on_NX = (mask_L.reshape(-1, _BLOCK) for mask_L in (possible_L, goes_on_L))
+        self._mixed = np.flatnonzero(~self._goes_on_NX.all(axis=1)).tolist()
+
+    def logits_of(self, logits_BWV: jax.Array, tokens_BW: jax.Array) -> jax.Array:
+        """The logits [B, W] of these tokens; -inf of one that is banned."""
+        chosen_BW = jnp.take_along_axis(logits_BWV, tokens_BW[..., None], axis=-1)[..., 0]
+        return jnp.where(jnp.asarray(self.possible_V)[tokens_BW], chosen_BW, -jnp.inf)
+
+    def masked(self, logits_BWV: jax.Array) -> jax.Array:
+        """The logits, with -inf for what is banned."""
+        shape = (1,) * (logits_BWV.ndim - 1) + (-1,)
+        return jnp.where(jnp.asarray(self.possible_V).reshape(shape), logits_BWV, -jnp.inf)
+
+    def maxima(self, logits_BWV: jax.Array) -> jax.Array:
+        """The largest logit [B, W, N] in each block of what one can go on with."""
+        blocks_BWNX = _blocks(logits_BWV)
+        maxima_BWN = jnp.max(blocks_BWNX, axis=-1)
+        for block in self._mixed:
+            left_BWX = jnp.where(self._goes_on_NX[block][None, None], blocks_BWNX[:, :, block], -jnp.inf)
+            maxima_BWN = maxima_BWN.at[:, :, block].set(jnp.max(left_BWX, axis=-1))
+        return maxima_BWN
+
+    def log_normaliser(self, logits_BWV: jax.Array, maxima_BWN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """log sum exp of all that may be said, in two parts [B, W]: the largest logit, and the rest.
+
+        A log-probability near 0 keeps its digits only if the first part is taken from the logit before the second is.
+        """
+        blocks_BWNX = _blocks(logits_BWV)
+        peak_BW = jnp.maximum(jnp.max(maxima_BWN, axis=-1), self.logits_of_end(logits_BWV))
+        sums_BWN = jnp.sum(jnp.exp(blocks_BWNX - peak_BW[..., None, None]), axis=-1)
+        for block in self._mixed:
+            said_BWX = jnp.where(
+                self._possible_NX[block][None, None], blocks_BWNX[:, :, block] - peak_BW[..., None], -jnp.inf
+            )
+            sums_BWN = sums_BWN.at[:, :, block].set(jnp.sum(jnp.exp(said_BWX), axis=-1))
+        return peak_BW, jnp.log(jnp.sum(sums_BWN, axis=-1))
+
+    def logits_of_end(self, logits_BWV: jax.Array) -> jax.Array:
+        """The logits [B, W] of the end symbol."""
+        return logits_BWV[..., self.eos] if self.possible_V[self.eos] else jnp.full(logits_BWV.shape[:2], -jnp.inf)
+
+    def best_tokens(
+        self, logits_BWV: jax.Array, maxima_BWN: jax.Array, base_BW: jax.Array, count: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The `count` largest of logits + base over all beams of a sentence to go on with; of equals, the first.
+
+        Returns the sums, their beams and their tokens, each [B, count], the largest first. Takes the block that holds
+        the largest, that out of the block, and so on: the largest of a block's rest is all that changes.
+        """
+        batch, beams, blocks = maxima_BWN.shape
+        blocks_BNX = _blocks(logits_BWV).reshape(batch, beams * blocks, _BLOCK)
+        maxima_BN = (maxima_BWN + base_BW[..., None]).reshape(batch, beams * blocks)
+        goes_on_NX = jnp.asarray(self._goes_on_NX)
+        ids_1X = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
+
+        def pick(
+            index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            maxima_BN, sums_BK, picked_BK = state
+            block_B1 = _first(maxima_BN == jnp.max(maxima_BN, axis=1, keepdims=True))
+            values_BX = jnp.take_along_axis(blocks_BNX, block_B1[..., None], axis=1)[:, 0]
+            values_BX += jnp.take_along_axis(base_BW, block_B1 // blocks, axis=1)
+            gone_BX = jnp.any((block_B1 * _BLOCK + ids_1X)[..., None] == picked_BK[:, None], axis=-1)
+            values_BX = jnp.where(goes_on_NX[block_B1[:, 0] % blocks] & ~gone_BX, values_BX, -jnp.inf)
+            # Taken anew: logits that are computed twice may differ from what `maxima` saw in the last bit.
+            sum_B1 = jnp.max(values_BX, axis=1, keepdims=True)
+            within_B1 = _first(values_BX == sum_B1)
+            rest_B1 = jnp.max(jnp.where(ids_1X == within_B1, -jnp.inf, values_BX), axis=1, keepdims=True)
+            maxima_BN = jnp.where(jnp.arange(beams * blocks)[None] == block_B1, rest_B1, maxima_BN)
+            return (
+                maxima_BN,
+                jax.lax.dynamic_update_index_in_dim(sums_BK, sum_B1[:, 0], index, axis=1),
+                jax.lax.dynamic_update_index_in_dim(picked_BK, (block_B1 * _BLOCK + within_B1)[:, 0], index, axis=1),
+            )
+
+        state = (maxima_BN, jnp.full((batch, count), -jnp.inf), jnp.full((batch, count), -1, jnp.int32))
+        _, sums_BK, picked_BK = jax.lax.fori_loop(0, count, pick, state, unroll=count <= _UNROLLED)
+        tokens_BK = jnp.minimum(picked_BK % (blocks * _BLOCK), logits_BWV.shape[-1] - 1)
+        return sums_BK, picked_BK // (blocks * _BLOCK), tokens_BK
 
 
 def _blocks(logits_BWV: jax.Array) -> jax.Array:
@@ -21,59 +124,6 @@ def _blocks(logits_BWV: jax.Array) -> jax.Array:
     if short:
         logits_BWV = jnp.pad(logits_BWV, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)
     return logits_BWV.reshape(*logits_BWV.shape[:2], -1, _BLOCK)
-
-
-def maxima(logits_BWV: jax.Array, leave_out: int) -> jax.Array:
-    """The largest logit [B, W, N] of each block, one token left out."""
-    ids_11V = jnp.arange(logits_BWV.shape[-1])[None, None]
-    return jnp.max(_blocks(jnp.where(ids_11V == leave_out, -jnp.inf, logits_BWV)), axis=-1)
-
-
-def log_normaliser(logits_BWV: jax.Array, maxima_BWN: jax.Array, left_out: int) -> tuple[jax.Array, jax.Array]:
-    """log sum exp of the logits in two parts [B, W], given what `maxima` found: the largest logit, and the rest.
-
-    A log-probability near 0 keeps its digits only if the first part is taken from the logit before the second is.
-    """
-    peak_BW = jnp.maximum(jnp.max(maxima_BWN, axis=-1), logits_BWV[..., left_out])
-    return peak_BW, jnp.log(jnp.sum(jnp.exp(logits_BWV - peak_BW[..., None]), axis=-1))
-
-
-def best_tokens(
-    logits_BWV: jax.Array, maxima_BWN: jax.Array, base_BW: jax.Array, count: int, leave_out: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `count` largest of logits + base over all beams of a sentence, one token left out; of equals, the first.
-
-    Returns the sums, their beams and their tokens, each [B, count], the largest first. Takes the block that holds the
-    largest, that out of the block, and so on: the largest of a block's rest is all that changes.
-    """
-    blocks_BWNX = _blocks(logits_BWV)
-    batch, beams, blocks, _ = blocks_BWNX.shape
-    blocks_BNX = blocks_BWNX.reshape(batch, beams * blocks, _BLOCK)
-    maxima_BN = (maxima_BWN + base_BW[..., None]).reshape(batch, beams * blocks)
-    ids_1X = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
-
-    def pick(index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        maxima_BN, sums_BK, picked_BK = state
-        block_B1 = _first(maxima_BN == jnp.max(maxima_BN, axis=1, keepdims=True))
-        values_BX = jnp.take_along_axis(blocks_BNX, block_B1[..., None], axis=1)[:, 0]
-        values_BX += jnp.take_along_axis(base_BW, block_B1 // blocks, axis=1)
-        left_out_BX = (block_B1 % blocks) * _BLOCK + ids_1X == leave_out
-        gone_BX = jnp.any((block_B1 * _BLOCK + ids_1X)[..., None] == picked_BK[:, None], axis=-1)
-        values_BX = jnp.where(left_out_BX | gone_BX, -jnp.inf, values_BX)
-        # Taken anew: logits that are computed twice may differ from what `maxima` saw in the last bit.
-        sum_B1 = jnp.max(values_BX, axis=1, keepdims=True)
-        within_B1 = _first(values_BX == sum_B1)
-        rest_B1 = jnp.max(jnp.where(ids_1X == within_B1, -jnp.inf, values_BX), axis=1, keepdims=True)
-        maxima_BN = jnp.where(jnp.arange(beams * blocks)[None] == block_B1, rest_B1, maxima_BN)
-        return (
-            maxima_BN,
-            jax.lax.dynamic_update_index_in_dim(sums_BK, sum_B1[:, 0], index, axis=1),
-            jax.lax.dynamic_update_index_in_dim(picked_BK, (block_B1 * _BLOCK + within_B1)[:, 0], index, axis=1),
-        )
-
-    state = (maxima_BN, jnp.full((batch, count), -jnp.inf), jnp.full((batch, count), -1, jnp.int32))
-    _, sums_BK, picked_BK = jax.lax.fori_loop(0, count, pick, state, unroll=count <= _UNROLLED)
-    return sums_BK, picked_BK // (blocks * _BLOCK), jnp.minimum(picked_BK % (blocks * _BLOCK), logits_BWV.shape[-1] - 1)
 
 
 def _first(is_it_BL: jax.Array) -> jax.Array:

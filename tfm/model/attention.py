@@ -113,11 +113,11 @@ class LayerCache(NamedTuple):
     """What one decoder layer remembers of a batch of sentences while they are translated.
 
     Both parts belong to the sentence, and its beams share them. The self-attention of position t has a slot for each
-    beam, which is never moved: which slots are a beam's own past is said by `DecodeCache.ancestors_BTW`.
+    beam w, t * W + w, which is never moved: which slots are a beam's own past is said by `DecodeCache.ancestors_BTW`.
     """
 
-    self_keys_BHTWK: jax.Array
-    self_values_BHTWK: jax.Array
+    self_keys_BHLK: jax.Array
+    self_values_BHLK: jax.Array
     cross_keys_BHSK: jax.Array
     cross_values_BHSK: jax.Array
 
@@ -158,28 +158,22 @@ class MultiHeadAttention(nn.Module):
     def decode_self(
         self,
         x_BWD: jax.Array,
-        keys_BHTWK: jax.Array,
-        values_BHTWK: jax.Array,
-        seen_BTVW: jax.Array,
+        keys_BHLK: jax.Array,
+        values_BHLK: jax.Array,
+        seen_BLW: jax.Array,
         position: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """One position of causal self-attention: beam w of `x` attends to the slots (t, v) where `seen` is true.
+        """One position of causal self-attention: beam w of `x` attends to the slots l where `seen` is true.
 
         Returns the output [B, W, D] and the keys and values with `position` written.
         """
-        axes = ("activation_batch", "activation_heads", "activation_length", None, "activation_kv")
-        k_BWHK, v_BWHK = self.keys_and_values(x_BWD)
-        k_BH1WK, v_BH1WK = (kv.swapaxes(1, 2)[:, :, None] for kv in (k_BWHK, v_BWHK))
-        keys_BHTWK = constrain(jax.lax.dynamic_update_slice_in_dim(keys_BHTWK, k_BH1WK, position, axis=2), *axes)
-        values_BHTWK = constrain(jax.lax.dynamic_update_slice_in_dim(values_BHTWK, v_BH1WK, position, axis=2), *axes)
-        batch, heads, length, beams, _ = keys_BHTWK.shape
-        out_BWHK = attend_once(
-            self.query(x_BWD),
-            keys_BHTWK.reshape(batch, heads, length * beams, -1),
-            values_BHTWK.reshape(batch, heads, length * beams, -1),
-            seen_BTVW.reshape(-1, length * beams, beams),
-        )
-        return self.output(out_BWHK), keys_BHTWK, values_BHTWK
+        axes = ("activation_batch", "activation_heads", "activation_length", "activation_kv")
+        slot = position * x_BWD.shape[1]
+        k_BHWK, v_BHWK = (kv_BWHK.swapaxes(1, 2) for kv_BWHK in self.keys_and_values(x_BWD))
+        keys_BHLK = constrain(jax.lax.dynamic_update_slice_in_dim(keys_BHLK, k_BHWK, slot, axis=2), *axes)
+        values_BHLK = constrain(jax.lax.dynamic_update_slice_in_dim(values_BHLK, v_BHWK, slot, axis=2), *axes)
+        out_BWHK = attend_once(self.query(x_BWD), keys_BHLK, values_BHLK, seen_BLW)
+        return self.output(out_BWHK), keys_BHLK, values_BHLK
 
     def decode_cross(
         self, x_BWD: jax.Array, keys_BHSK: jax.Array, values_BHSK: jax.Array, source_mask_BS: jax.Array

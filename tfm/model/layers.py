@@ -159,8 +159,8 @@ class DecoderLayer(_Layer):
 
     def new_cache(self, memory_BSD: jax.Array, beams: int, length: int) -> LayerCache:
         """An empty cache for `length` positions of `beams` hypotheses a sentence; cross-attention's part is final."""
-        c, slots = self.config, (memory_BSD.shape[0], self.config.num_heads, length, beams)
-        axes = ("activation_batch", "activation_heads", "activation_length", None, "activation_kv")
+        c, slots = self.config, (memory_BSD.shape[0], self.config.num_heads, length * beams)
+        axes = ("activation_batch", "activation_heads", "activation_length", "activation_kv")
         return LayerCache(
             constrain(jnp.zeros((*slots, c.key_width), self.dtype), *axes),
             constrain(jnp.zeros((*slots, c.value_width), self.dtype), *axes),
@@ -171,7 +171,7 @@ class DecoderLayer(_Layer):
         self,
         x_BWD: jax.Array,
         cache: LayerCache,
-        seen_BTVW: jax.Array,
+        seen_BLW: jax.Array,
         source_mask_BS: jax.Array,
         position: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
@@ -180,7 +180,7 @@ class DecoderLayer(_Layer):
 
         def attend(x: jax.Array) -> jax.Array:
             out, *keys_and_values = self.self_attention.decode_self(
-                x, cache.self_keys_BHTWK, cache.self_values_BHTWK, seen_BTVW, position
+                x, cache.self_keys_BHLK, cache.self_values_BHLK, seen_BLW, position
             )
             written.extend(keys_and_values)
             return out
@@ -191,4 +191,4 @@ class DecoderLayer(_Layer):
         x_BWD = self.residual(x_BWD, self.self_norm, attend, None, "self")
         x_BWD = self.residual(x_BWD, self.cross_norm, look, None, "cross")
         x_BWD = self.residual(x_BWD, self.feed_forward_norm, lambda x: self.feed_forward(x, None), None, "mlp")
-        return x_BWD, cache._replace(self_keys_BHTWK=written[0], self_values_BHTWK=written[1])
+        return x_BWD, cache._replace(self_keys_BHLK=written[0], self_values_BHLK=written[1])

@@ -223,10 +223,11 @@ def decode_step(
     ancestors_BTW = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BTW, own_B1W, position, axis=1)
     past_T = jnp.arange(ancestors_BTW.shape[1]) <= position
     seen_BTVW = (ancestors_BTW[:, :, None] == beams_W[None, None, :, None]) & past_T[None, :, None, None]
+    seen_BLW = seen_BTVW.reshape(tokens_BW.shape[0], -1, beams_W.size)
     layers = []
     for parameters, layer_cache in zip(unstacked["decoder"]["layers"], cache.layers, strict=True):
         x_BWD, layer_cache = DecoderLayer(c, dtype).apply(
-            {"params": parameters}, x_BWD, layer_cache, seen_BTVW, cache.source_mask_BS, position, method="decode_step"
+            {"params": parameters}, x_BWD, layer_cache, seen_BLW, cache.source_mask_BS, position, method="decode_step"
         )
         layers.append(layer_cache)
     logits_BWV = project(model, unstacked, x_BWD)
