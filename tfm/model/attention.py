@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
     """Where the tokens of a sequence stand: all that attention needs to know of them."""
 
     segments_BL: jax.Array  # int32; which pair of the row a token belongs to, from 1; 0 is padding
-    positions_BL: jax.Array  # int32; position within the pair, from 0
+    positions_BL: jax.Array  # int32; position within the pair, from 0; [1, L] where they are the same in each row
 
 
 def attention_mask(queries: Tokens, keys: Tokens, *, causal: bool) -> jax.Array:

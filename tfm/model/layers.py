@@ -47,7 +47,10 @@ class Embedding(nn.Module):
         self.table_VD = self.param("table", initializer, (padded_vocab_size(self.vocab_size), d_model), jnp.float32)
 
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, key: DropoutKey | None) -> jax.Array:
-        """[B, L, D]: token vectors times √d_model, plus position encodings, with dropout."""
+        """[B, L, D]: token vectors times √d_model, plus position encodings, with dropout.
+
+        Positions may be [1, L], where they are the same in each row: their sines are then computed once.
+        """
         # Whole in width before rows are looked up: a batch and a width on the same mesh axis could not be told apart.
         table_VD = constrain(self.table_VD, "vocab", None)
         x_BLD = table_VD[tokens_BL] * math.sqrt(self.config.d_model) + sinusoids(positions_BL, self.config.d_model)

@@ -216,8 +216,7 @@ def decode_step(
     """Logits [B, W, V] (float32, V padded) after these tokens at the cache's position, and the cache with them."""
     c, dtype, position = model.config, model.dtype, cache.position
     embedding = Embedding(c, model.vocab_size, dtype)
-    positions_BW = jnp.broadcast_to(position, tokens_BW.shape)
-    x_BWD = embedding.apply({"params": unstacked["target_embedding"]}, tokens_BW, positions_BW, None)
+    x_BWD = embedding.apply({"params": unstacked["target_embedding"]}, tokens_BW, position.reshape(1, 1), None)
     beams_W = jnp.arange(tokens_BW.shape[1], dtype=jnp.int32)
     own_B1W = jnp.broadcast_to(beams_W, (tokens_BW.shape[0], 1, beams_W.size))
     ancestors_BTW = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BTW, own_B1W, position, axis=1)
@@ -252,10 +251,10 @@ def decode_forced(
     """
     c, dtype = model.config, model.dtype
     memory_BSD, source = _encode_unstacked(model, unstacked, source_tokens_BS, source_mask_BS)
-    positions_BT = jnp.broadcast_to(jnp.arange(target_inputs_BT.shape[1])[None], target_inputs_BT.shape)
-    target = Tokens(jnp.ones_like(positions_BT), positions_BT)
+    positions_1T = jnp.arange(target_inputs_BT.shape[1])[None]
+    target = Tokens(jnp.ones_like(target_inputs_BT), positions_1T)
     embedding = Embedding(c, model.vocab_size, dtype)
-    x_BTD = embedding.apply({"params": unstacked["target_embedding"]}, target_inputs_BT, positions_BT, None)
+    x_BTD = embedding.apply({"params": unstacked["target_embedding"]}, target_inputs_BT, positions_1T, None)
     self_mask_BTT = attention_mask(target, target, causal=True)
     cross_mask_BTS = attention_mask(target, source, causal=False)
     for layer in unstacked["decoder"]["layers"]:
@@ -275,10 +274,10 @@ def _encode_unstacked(
 ) -> tuple[jax.Array, Tokens]:
     """Memory [B, S, D] of sentences, one a row, and where their tokens stand."""
     c, dtype = model.config, model.dtype
-    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
-    source = Tokens(mask_BS.astype(jnp.int32), positions_BS)
+    positions_1S = jnp.arange(tokens_BS.shape[1])[None]
+    source = Tokens(mask_BS.astype(jnp.int32), positions_1S)
     table = unstacked["target_embedding" if c.tie_embeddings == "all" else "source_embedding"]
-    x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, tokens_BS, positions_BS, None)
+    x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, tokens_BS, positions_1S, None)
     mask_BSS = attention_mask(source, source, causal=False)
     for layer in unstacked["encoder"]["layers"]:
         x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, mask_BSS, None)
