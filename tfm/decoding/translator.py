@@ -79,21 +79,23 @@ class Translator:
         config: Config | None = None,
         checkpoint: str | int | None = None,
         ensemble: Sequence[str] = (),
+        mesh: Mesh | None = None,
     ) -> Translator:
-        """The translator of a run directory, on all devices there are.
+        """The translator of a run directory.
 
         Args:
           workdir: the run directory.
           config: the run's config with another `mesh.tensor` or decoding; as the run has it, when None.
           checkpoint: a step, last, best, last:N or best:N (the mean of N); `decoding.average`, or the best, when None.
           ensemble: further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, of the same tokenizer.
+          mesh: the devices to decode on; all there are, with `mesh.tensor` of the config, when None.
 
         Raises InputError where there is no usable run, or where one has another tokenizer.
         """
         run = RunDirectory.open(workdir)
         config = (config or run.config).validate()
         tokenizer = _tokenizer(run)
-        mesh = sharding.decoding_mesh(config.mesh.tensor)
+        mesh = mesh or sharding.decoding_mesh(config.mesh.tensor)
         members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
         for member in ensemble:
             folder, at, name = member.rpartition("@") if "@" in member else (member, "", "")
