@@ -39,11 +39,13 @@ AT_LEAST_ONE = names("""
     training.max_skipped_steps
     data.max_length_ratio
     decoding.beam_size decoding.n_best decoding.tokens_per_batch training.evaluate_beam_size
+    hosts.count hosts.start_timeout hosts.heartbeat_timeout
 """)
 NOT_NEGATIVE = names("""
     optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm data.segmentation_alpha
     training.keep_best training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens
     decoding.min_length decoding.sampling_top_k decoding.sampling_seed
+    hosts.index hosts.compile_timeout hosts.step_timeout hosts.evaluation_timeout hosts.save_timeout
 """)
 SHARES = names("""
     model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate

@@ -209,6 +209,32 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """Many hosts as one program. Nothing of this is part of a run: each start may have other hosts."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which the first host listens; unset where JAX finds the hosts by itself (TPU pods, SLURM, Open MPI,
+    Kubernetes), where JAX_COORDINATOR_ADDRESS says it, and for one host alone."""
+    count: int | None = _at_least(1, None)
+    """Hosts in all; else JAX_NUM_PROCESSES."""
+    index: int | None = _at_least(0, None)
+    """Number of this host, from 0; else JAX_PROCESS_ID."""
+    start_timeout: int = _at_least(1, 300)
+    """Seconds in which all hosts have to be there."""
+    heartbeat_timeout: int = _at_least(1, 100)
+    """Seconds without a sign of life after which a host counts as dead and the others end."""
+    compile_timeout: int = _at_least(0, 7200)
+    """Seconds for the first step, compiling included, after which a host that keeps others waiting prints the stacks of
+    its threads and ends; 0 is no limit, here and below."""
+    step_timeout: int = _at_least(0, 1800)
+    """Seconds for each further step."""
+    evaluation_timeout: int = _at_least(0, 7200)
+    """Seconds for an evaluation."""
+    save_timeout: int = _at_least(0, 3600)
+    """Seconds for a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodingConfig:
     """Translation."""
 
@@ -252,6 +278,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
     decoding: DecodingConfig = DecodingConfig()
+    hosts: HostsConfig = HostsConfig()
 
     @property
     def rows_per_batch(self) -> int:

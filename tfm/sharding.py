@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.linen import meta
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfm.config import ConfigError, MeshConfig
@@ -215,6 +216,21 @@ def unboxed(tree: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the data axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def rows_on_mesh(rows: Any, mesh: Mesh) -> Any:
+    """A tree of NumPy arrays, the same on every host, as arrays whose rows are split over the data axes."""
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(rows, where)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda part: x[part]), rows)
+
+
+def on_host(tree: Any) -> Any:
+    """A tree of arrays on the mesh as NumPy arrays, whole on every host; several hosts call this together."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

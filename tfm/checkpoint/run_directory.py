@@ -7,6 +7,7 @@ A run directory stands alone: copied to another machine, it is all that translat
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -17,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfm.config import Config, InputError, fields_of, from_json
+from tfm.config import Config, HostsConfig, InputError, fields_of, from_json
 
 if TYPE_CHECKING:
     from etils import epath
@@ -35,7 +36,7 @@ MAY_CHANGE = {
     *("training.keep_best", "training.evaluate_every", "training.evaluate_sentences", "training.early_stopping"),
     "training.max_skipped_steps",
 }
-_SECTIONS_THAT_MAY_CHANGE = ("mesh.", "decoding.")
+_SECTIONS_THAT_MAY_CHANGE = ("mesh.", "decoding.", "hosts.")
 # What stands in a run directory before its config.json does: `prepare` and a shell's redirection write these.
 _HARMLESS = ("store", "tokenizer.model", "lost+found")
 _HARMLESS_ENDINGS = (".log", ".out", ".err", ".txt", ".sh")
@@ -82,7 +83,9 @@ class RunDirectory:
             if primary:
                 run.path.mkdir(parents=True, exist_ok=True)
                 # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
-                write_atomically(run.config_path, config.to_json().encode())
+                # The hosts of this start are none of the run's: whoever opens it elsewhere must not call them.
+                kept = dataclasses.replace(config, hosts=HostsConfig())
+                write_atomically(run.config_path, kept.to_json().encode())
         except OSError as error:
             raise unwritable(run.path, error) from error
         return run

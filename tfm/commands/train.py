@@ -24,10 +24,12 @@ def main(argv: list[str]) -> int:
     arguments, config = parse("train", argv, Arguments)
     if config.training.deterministic:  # has to stand there before the first use of a GPU
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    from tfm import hosts
     from tfm.training.loop import TrainingDiverged, train
 
-    try:
-        return train(config, arguments.workdir)
-    except TrainingDiverged as error:
-        logging.getLogger(__name__).error("%s", error)
-        return 1
+    with hosts.together(config):
+        try:
+            return train(config, arguments.workdir)
+        except TrainingDiverged as error:
+            logging.getLogger(__name__).error("%s", error)
+            return 1

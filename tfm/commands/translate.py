@@ -43,33 +43,40 @@ def main(argv: list[str]) -> int:
     arguments, config = parse("translate", argv, Arguments)
     if arguments.resume and arguments.output is None:
         raise InputError("--resume goes on behind the lines of --output: name that file")
+    from tfm import hosts, sharding
+
+    sharding.use_compilation_cache()
+    sharding.decode_on_every_core()
     with ExitStack() as stack:
+        stack.enter_context(hosts.together(config))
+        if hosts.count() > 1 and arguments.input is None:
+            raise InputError("several hosts translate one file, which all of them read: name it with --input")
         file = opened(arguments.input, stack)
         source = raw_lines(file)
         prefixes = None if arguments.prefixes is None else raw_lines(opened(arguments.prefixes, stack))
-        target = stack.enter_context(Output(arguments.output, arguments.resume))
-        done = target.lines
+        target = stack.enter_context(Output(arguments.output, arguments.resume)) if hosts.is_first() else None
+        done = hosts.agreed(0 if target is None else target.lines)
         for lines in (source, prefixes):
             if lines is not None and sum(1 for _ in islice(lines, done)) < done:
                 raise InputError(f"{arguments.output}: has {done} lines, more than there are to translate")
-        from tfm import sharding
         from tfm.decoding.translator import Translator
 
         if file.isatty():  # someone types and waits: one sentence at a time, in a shape that has no room for more
             decoding = dataclasses.replace(config.decoding, tokens_per_batch=config.decoding.max_source_length)
             config = dataclasses.replace(config, decoding=decoding)
-        sharding.use_compilation_cache()
-        sharding.decode_on_every_core()
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()
         given = None if prefixes is None else text_lines(prefixes)
         for window in translator.windows(text_lines(source), given, first=done + 1):
+            if target is None:
+                continue
             if arguments.format == "text":
                 target.write([translation.text for translation in window])
             else:
                 first = target.lines + 1
                 target.write([_as_json(first + index, translation) for index, translation in enumerate(window)])
-    log_rate(translator, time.perf_counter() - start)
+        if target is not None:
+            log_rate(translator, time.perf_counter() - start)
     return 0
 
 

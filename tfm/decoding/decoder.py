@@ -149,7 +149,7 @@ class Decoder:
 
     def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
         program = self._program(function, name, bucket, rows)
-        return program(self._parameters, jax.device_put(rows, sharding.batch_sharding(self.mesh)))
+        return program(self._parameters, sharding.rows_on_mesh(rows, self.mesh))
 
     def _program(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
         """The compiled function for rows of these shapes."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tfm import sharding
+from tfm import hosts, sharding
 from tfm.checkpoint import CheckpointReader, RunDirectory
 from tfm.config import Config, DecodingConfig, InputError
 from tfm.data.tokenizer import EOS, Tokenizer
@@ -24,7 +24,7 @@ from tfm.decoding.cutting import cut
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
 from tfm.decoding.search import Hypotheses
 from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation
-from tfm.decoding.windows import Windows
+from tfm.decoding.windows import PATIENCE, Windows
 from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
 
 _log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Translator:
         has_prefixes = prefixes is not None
         # What begins with a prefix may well go on for longer than its source lets expect.
         shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
-        with closing(Windows(pairs, WINDOW_LINES)) as windows:
+        with closing(Windows(pairs, WINDOW_LINES, _patience())) as windows:
             before: tuple[_Window, list[_Started]] | None = None
             while before is not None or not windows.ended:
                 taken = windows.take(wait=before is None)
@@ -174,7 +174,7 @@ class Translator:
         given_up = [
             index
             for batch, hypotheses in started
-            for index, is_whole in zip(batch, np.asarray(hypotheses.is_whole_B), strict=False)
+            for index, is_whole in zip(batch, sharding.on_host(hypotheses.is_whole_B), strict=False)
             if not is_whole
         ]
         self.statistics.again += len(given_up)
@@ -219,7 +219,7 @@ class Translator:
 
     def _hypotheses(self, hypotheses: Hypotheses, rows: int) -> list[list[Hypothesis]]:
         """The hypotheses of each row of a batch, as text; the first always, others if there are any."""
-        tokens, lengths, log_probs, is_whole = (np.asarray(part)[:rows] for part in hypotheses)
+        tokens, lengths, log_probs, is_whole = (part[:rows] for part in sharding.on_host(hypotheses))
         is_there = np.isfinite(log_probs) & is_whole[:, None]
         is_there[:, 0] = True
         rows_and_ranks = np.argwhere(is_there)
@@ -278,7 +278,7 @@ class Translator:
 
     def score_windows(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> Iterator[list[Scored]]:
         """As `score`, for streams of any length."""
-        with closing(Windows(_in_step(sources, targets, "targets", 1), WINDOW_LINES)) as windows:
+        with closing(Windows(_in_step(sources, targets, "targets", 1), WINDOW_LINES, _patience())) as windows:
             first = 1
             while not windows.ended:
                 window = windows.take(wait=True)
@@ -312,7 +312,7 @@ class Translator:
                 started.append((batch, log_probs))
                 self.statistics.padded_tokens += bucket.rows * bucket.length
         for batch, log_probs in started:
-            log_probs_BT = np.asarray(log_probs)
+            log_probs_BT = sharding.on_host(log_probs)
             for row, index in enumerate(batch):
                 length = len(targets[index])
                 values = log_probs_BT[row, :length]
@@ -324,6 +324,11 @@ class Translator:
         self.statistics.lines += len(window)
         self.statistics.sentences += len(window)
         return scored
+
+
+def _patience() -> float | None:
+    """Several hosts translate one batch together, so each has to make the same ones of the same stream."""
+    return PATIENCE if hosts.count() == 1 else None
 
 
 def _tokenizer(run: RunDirectory) -> Tokenizer:

@@ -12,16 +12,18 @@ T = TypeVar("T")
 
 # Seconds in which a window is filled, once its first item is there. Reading a file takes far less, and translating a
 # window far more; of a slow stream, what it gave in that time is translated.
-_PATIENCE = 0.1
+PATIENCE = 0.1
 
 
 class Windows(Generic[T]):
     """Windows of at most `size` items of a stream, of which at most two windows are held. Close it when done.
 
-    An exception of the stream is raised by the first waiting `take` after all the items before it.
+    An exception of the stream is raised by the first waiting `take` after all the items before it. With a `patience`
+    of None every window is filled, however long that takes, so that windows depend on the stream alone.
     """
 
-    def __init__(self, items: Iterable[T], size: int):
+    def __init__(self, items: Iterable[T], size: int, patience: float | None = PATIENCE):
+        self._patience = patience
         self._ended = False
         self._size = size
         self._queue: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(size)
@@ -57,12 +59,12 @@ class Windows(Generic[T]):
         deadline = 0.0
         while len(taken) < self._size and not self._ended:
             try:
-                if taken:
+                if taken and self._patience is not None:
                     left = max(0.0, deadline - time.monotonic())
                     item = self._queue.get(timeout=left) if left else self._queue.get_nowait()
                 else:
-                    item = self._queue.get(block=wait)
-                    deadline = time.monotonic() + _PATIENCE
+                    item = self._queue.get(block=wait or self._patience is None)
+                    deadline = time.monotonic() + (self._patience or 0.0)
             except queue.Empty:
                 break
             if isinstance(item, tuple):

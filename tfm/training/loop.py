@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 
-from tfm import sharding
+from tfm import hosts, sharding
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncate_metrics
 from tfm.config import Config, ConfigError, InputError
 from tfm.data.batches import Batch, TrainBatches, validation_batches
-from tfm.data.store import TokenStore, prepare, store_directory
+from tfm.data.store import TokenStore, open_store, prepare, store_directory
 from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import Transformer, compute_dtype, count_parameters
@@ -49,7 +49,10 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
       InputError: wrong input, or a disk that is full; the run directory stays usable.
       TrainingDiverged: as it says.
     """
-    run = RunDirectory.create(workdir, config.validate())
+    config = config.validate()
+    # The first host makes the directory; the others, which see the same disk, find it made.
+    hosts.first_does(lambda: RunDirectory.create(workdir, config))
+    run = RunDirectory.create(workdir, config, primary=False)
     with ExitStack() as stack:
         return Run(config, run, stack).go()
 
@@ -89,9 +92,12 @@ class Run:
         self.evaluation_is_due = False
         self.state = self._resumed() or self._started(initial)
         self.first_step = int(self.state.step)
-        self.writer = stack.enter_context(
-            MetricsWriter(run.path, total_steps=config.training.steps, first_step=self.first_step)
-        )
+        self.writer: MetricsWriter | None = None
+        if hosts.is_first():
+            self.writer = stack.enter_context(
+                MetricsWriter(run.path, total_steps=config.training.steps, first_step=self.first_step)
+            )
+        self.watchdog = stack.enter_context(hosts.Watchdog(config.hosts))
         _log.info(
             "%s parameters, vocabulary of %s, mesh %s, %s in %s, batches of %d rows: %s",
             f"{count_parameters(self.model):,}",
@@ -121,6 +127,7 @@ class Run:
         steps = self.config.training.steps
         progress = Progress(self.writer, self.config, self._last_good_checkpoint)
         pending = None
+        self.watchdog.begins("compiling")
         for k, batch in batches:
             self.state, metrics = self.trainer.train_step(self.state, batch)
             # The order is important: step k is on its way before the numbers of step k - 1 are waited for.
@@ -128,12 +135,13 @@ class Run:
                 progress.record(*pending)
             step, pending = k + 1, (k + 1, metrics)
             evaluate = step % self.config.training.evaluate_every == 0 or step == steps
-            if evaluate or step % self.config.training.checkpoint_every == 0 or stop.requested:
+            if stop.after_step(step) or evaluate or step % self.config.training.checkpoint_every == 0:
                 progress.record(*pending)
                 pending = None
                 with progress.paused():
                     # Who asks to stop waits for no evaluation but the last, which no later start would make up for.
                     scores = self._evaluate(step) if evaluate and (not stop.requested or step == steps) else None
+                    self.watchdog.begins("saving")
                     self._save(step, scores)
                 if stop.requested and step < steps:
                     self.checkpointer.wait()
@@ -142,12 +150,15 @@ class Run:
                 if scores is not None and self._should_stop_early():
                     break
             self.checkpointer.poll()
+            self.watchdog.begins("stepping")
+        self.watchdog.begins("saving")
         self.checkpointer.wait()
         _log.info("%s: the run ended at step %d", self.run.path, int(self.state.step))
         return 0
 
     def _evaluate(self, step: int) -> Scores:
         """Loss over the whole validation split, BLEU and chrF over its first sentences, of the averaged parameters."""
+        self.watchdog.begins("evaluating")
         parameters = self.state.averaged()
         sums = [
             self.trainer.evaluation_step(
@@ -161,7 +172,8 @@ class Run:
         sources, references = zip(*self.validation_text, strict=True)
         hypotheses = [translation.text for translation in self.translator.translate(sources)]
         scores |= {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
-        self.writer.write({"step": step, "kind": "validation", **scores})
+        if self.writer is not None:
+            self.writer.write({"step": step, "kind": "validation", **scores})
         return scores
 
     def _save(self, step: int, scores: Scores | None) -> None:
@@ -184,16 +196,17 @@ class Run:
         )
         restored = self.checkpointer.resume(_to_dict(abstract))
         step = 0 if restored is None else restored.step
-        truncate_metrics(self.run.metrics_path, step)
+        hosts.first_does(lambda: truncate_metrics(self.run.metrics_path, step))
         if restored is None:
             return None
         _refuse_other_plan(self.run, restored.metadata.get("plan"), self.batches.plan_identity)
         self.batches.plan.recall(restored.metadata.get("rows_of_windows", []))
         # A run that was told to end at a step to be evaluated had no time for it. The log remembers, and not the
         # checkpoint: that is never written again, and a run that is killed once more would log the step twice.
-        self.evaluation_is_due = step % self.config.training.evaluate_every == 0 and not any(
+        evaluated = any(
             event["kind"] == "validation" and event["step"] == step for event in read_events(self.run.metrics_path)
         )
+        self.evaluation_is_due = step % self.config.training.evaluate_every == 0 and not hosts.agreed(evaluated)
         _log.info("%s: resumes after step %d", self.run.path, step)
         return _from_dict(restored.state)
 
@@ -222,7 +235,7 @@ class Run:
             for event in read_events(self.run.metrics_path)
             if event.get("kind") == "validation" and event.get(name) is not None
         ]
-        since_best = len(values) - 1 - values.index(max(values)) if values else 0
+        since_best = hosts.agreed(len(values) - 1 - values.index(max(values)) if values else 0)
         if since_best >= patience:
             _log.info("%d evaluations without a better %s: the run ends early", since_best, name)
         return since_best >= patience
@@ -231,7 +244,7 @@ class Run:
 class Progress:
     """Turns the metrics of steps into events, and notices when the updates stop being finite."""
 
-    def __init__(self, writer: MetricsWriter, config: Config, last_checkpoint: Callable[[], str]):
+    def __init__(self, writer: MetricsWriter | None, config: Config, last_checkpoint: Callable[[], str]):
         self.writer, self.config, self.last_checkpoint = writer, config, last_checkpoint
         self._start_interval()
 
@@ -247,7 +260,7 @@ class Progress:
         self._target_tokens += numbers.pop("target_tokens")
         if skipped_in_a_row:
             _log.warning("step %d: the loss or its gradient is not finite; the update was skipped", step)
-        if step % self.config.training.log_every == 0:
+        if step % self.config.training.log_every == 0 and self.writer is not None:
             seconds = max(time.perf_counter() - self._started, 1e-9)
             self.writer.write(
                 {
@@ -298,9 +311,15 @@ def _prepared(config: Config, run: RunDirectory, initial: RunDirectory | None) -
     tokenizer = None
     if config.training.initialize_from is not None:
         tokenizer = Path(run.tokenizer_path if initial is None else initial.tokenizer_path)
-    store = prepare(config, store_directory(config, run.path), tokenizer)
-    run.install_tokenizer(store.tokenizer_path)
-    return store
+    directory = store_directory(config, run.path)
+
+    def prepared() -> TokenStore:
+        store = prepare(config, directory, tokenizer)
+        run.install_tokenizer(store.tokenizer_path)
+        return store
+
+    # The others need neither the corpus nor its tokenizer, but the store: on a shared disk, or copied from gs://.
+    return hosts.first_does(prepared) or open_store(directory, config.data.cache_dir)
 
 
 def _refuse_other_plan(run: RunDirectory, there: Any, now: Mapping[str, Any]) -> None:

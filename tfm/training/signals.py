@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C as requests: a run that is told to end finishes its step and saves first."""
+"""SIGTERM and Ctrl-C as requests: a run that is told to end finishes its step and saves first.
+
+Among several hosts, JAX's runtime takes SIGTERM itself, and tells all of them at which step to end.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tfm import hosts
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +33,13 @@ class StopRequest:
     def requested(self) -> bool:
         return self._signal is not None
 
+    def after_step(self, step: int) -> bool:
+        """Is the run to end after this step? To be asked once a step: hosts agree on one."""
+        if self._signal is None and hosts.told_to_stop(step):
+            self._signal = signal.Signals.SIGTERM
+            _log.warning("SIGTERM, here or on another host: the run ends after this step and its checkpoint")
+        return self.requested
+
     @property
     def name(self) -> str:
         return self._signal.name if self._signal is not None else ""
@@ -41,6 +53,9 @@ class StopRequest:
 def stop_signals() -> Iterator[StopRequest]:
     """While it lasts, SIGTERM and Ctrl-C only ask."""
     stop = StopRequest()
+    if hosts.count() > 1:  # Ctrl-C ends the host, and then the others
+        yield stop
+        return
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
         yield stop
         return

@@ -1,0 +1,250 @@
+"""Many hosts as one program: how they start together, wait for one another, agree, and end.
+
+A host is a process of JAX's distributed runtime, with devices of its own. What is said here goes through that
+runtime's coordination service and never through the devices, so that waiting may last as long as it takes (host 0
+tokenizes a corpus for an hour) and still ends when a host dies: each sends a sign of life to the first, and JAX ends
+those that are left, with a message that names the missing one, when it stays out for `hosts.heartbeat_timeout`.
+
+Everything is a no-op where there is one host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+from tfm.config import Config, ConfigError, HostsConfig, InputError, fields_of
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_WAIT_MILLISECONDS = 30_000  # of one request; there is another after it, for as long as the hosts live
+_calls = 0  # of `agreed`, which gives each a name of its own: all hosts make the same calls in the same order
+
+
+def index() -> int:
+    """Number of this host, from 0."""
+    return jax.process_index()
+
+
+def count() -> int:
+    return jax.process_count()
+
+
+def is_first() -> bool:
+    """Is this the host that writes what is written once?"""
+    return index() == 0
+
+
+@contextlib.contextmanager
+def together(config: Config) -> Iterator[None]:
+    """Joins the other hosts of this program, if there are any; to be entered before anything asks for a device.
+
+    TPU pods, SLURM, Open MPI and Kubernetes are found out by JAX; elsewhere `hosts.coordinator`, `hosts.count` and
+    `hosts.index` say it, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    A host on which anything fails ends at once, with status 2 for an InputError and 1 otherwise, so that the others,
+    which wait for it, notice.
+
+    Raises:
+      ConfigError: options that don't make a program, or hosts whose configs or code differ.
+      InputError: a coordinator that cannot be reached, or whose port is taken.
+    """
+    if not _start(config.hosts):
+        yield
+        return
+    try:
+        if not is_first():
+            logging.getLogger("tfm").setLevel(logging.WARNING)
+        _refuse_different_hosts(config)
+        yield
+    except BaseException as error:
+        # Python's way out would wait for the others at a barrier, and they wait for this host in the middle of a step.
+        if isinstance(error, InputError):
+            print(f"tfm: error: host {index()}: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            _log.critical(
+                "host %d of %d ends; if another has ended before, look there first", index(), count(), exc_info=error
+            )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, InputError) else 1)
+    jax.distributed.shutdown()
+
+
+def _start(hosts: HostsConfig) -> bool:
+    """Joins the other hosts; False where there are none."""
+    address = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    size = hosts.count if hosts.count is not None else _number("JAX_NUM_PROCESSES")
+    number = hosts.index if hosts.index is not None else _number("JAX_PROCESS_ID")
+    if address is not None and (":" not in address or not address.rpartition(":")[2].isdecimal()):
+        raise ConfigError(f"hosts.coordinator={address}: expected HOST:PORT of the first host")
+    if size is not None and number is not None and not 0 <= number < size:
+        raise ConfigError(f"hosts.index={number}: expected 0 to {size - 1}, since hosts.count={size}")
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=size,
+            process_id=number,
+            initialization_timeout=hosts.start_timeout,
+            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+            shutdown_timeout_seconds=hosts.heartbeat_timeout,
+        )
+    except ValueError as error:
+        if (address, size, number) == (None, None, None):
+            return False  # nothing says that there are others
+        raise ConfigError(
+            f"hosts.coordinator={address}, hosts.count={size}, hosts.index={number}: {error}: give all three, or none "
+            "where the cluster is one that JAX knows"
+        ) from error
+    except RuntimeError as error:
+        message = " ".join(str(error).split())
+        if "must be called before" in message or "only be called once" in message:
+            return False  # the devices that there are, as when this is called from a program of one's own
+        if number == 0 and "DEADLINE" not in message:
+            raise InputError(
+                f"hosts.coordinator={address}: cannot be listened on ({message[:200]}): take a free port of this host"
+            ) from error
+        raise InputError(
+            f"hosts.coordinator={address}: no answer within hosts.start_timeout={hosts.start_timeout} seconds: is host "
+            "0 running there, and may this host reach it?"
+        ) from error
+    _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
+    return True
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value} in the environment: expected a number")
+    return int(value)
+
+
+def _client() -> Any:
+    # The coordination service's key-value store has no public name; Orbax takes it from here, too.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _get(key: str) -> str:
+    """What a host says under a key, as soon as it does."""
+    while True:
+        try:
+            return str(_client().blocking_key_value_get(key, _WAIT_MILLISECONDS))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _refuse_different_hosts(config: Config) -> None:
+    """Raises ConfigError, on each host, naming what differs between the first and another."""
+    mine = {name: repr(value) for name, value in fields_of(config).items() if not name.startswith("hosts.")}
+    mine |= {"the code of tfm": code_hash(), "the version of JAX": jax.__version__}
+    _client().key_value_set(f"tfm/config/{index()}", json.dumps(mine))
+    first = json.loads(_get("tfm/config/0"))
+    for other in range(1, count()):
+        its = json.loads(_get(f"tfm/config/{other}"))
+        differing = [
+            f"{name} is {first.get(name)} on host 0 and {its.get(name)} on host {other}"
+            for name in sorted(first.keys() | its.keys())
+            if first.get(name) != its.get(name)
+        ]
+        if differing:
+            raise ConfigError(f"{'; '.join(differing[:5])}: start all hosts with the same code and the same options")
+
+
+def code_hash() -> str:
+    """First digits of the SHA-256 over the package's source files."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def agreed(value: T) -> T:
+    """The first host's value, on each host; it is plain JSON. All hosts call this together."""
+    global _calls
+    if count() == 1:
+        return value
+    _calls += 1
+    key = f"tfm/agreed/{_calls}"
+    if is_first():
+        _client().key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(_get(key))
+
+
+def first_does(work: Callable[[], T]) -> T | None:
+    """Has the first host do something while the others wait; None on those. All hosts call this together.
+
+    Raises InputError on each host when the first one failed.
+    """
+    if count() == 1:
+        return work()
+    if not is_first():
+        if (failure := agreed(None)) is not None:
+            raise InputError(f"host 0 failed: {failure}")
+        return None
+    try:
+        result = work()
+    except BaseException as error:
+        agreed(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise
+    agreed(None)
+    return result
+
+
+def told_to_stop(step: int) -> bool:
+    """Has a host got SIGTERM, and is this the step at which all of them can stop? Asked after each step, by all hosts.
+
+    The answer is the same on all of them: JAX finds a step that none has finished yet.
+    """
+    return count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+Work = Literal["compiling", "stepping", "evaluating", "saving"]
+
+
+class Watchdog:
+    """Ends this process, with the stacks of all its threads on stderr, when what it does takes far too long.
+
+    For a host that is alive but stuck, which keeps all others waiting: the scheduler can start them anew only when they
+    have ended. The timer is the C library's, and needs nothing that a stuck Python could hold.
+    """
+
+    def __init__(self, hosts: HostsConfig):
+        self._limits: dict[Work, int] = {
+            "compiling": hosts.compile_timeout,
+            "stepping": hosts.step_timeout,
+            "evaluating": hosts.evaluation_timeout,
+            "saving": hosts.save_timeout,
+        }
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def begins(self, work: Work) -> None:
+        """From now on, that much time for this; whatever was begun before is done."""
+        if count() > 1 and self._limits[work]:
+            faulthandler.dump_traceback_later(self._limits[work], exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
