@@ -29,8 +29,6 @@ def get_config() -> Config:
             validation_split="val",
             test_split="test_2016_flickr",
             vocab_size=10_000,
-            segmentations=16,
-            segmentation_alpha=0.3,
             source_row_length=64,
             target_row_length=64,
         ),
@@ -43,7 +41,7 @@ def get_config() -> Config:
         ),
         training=TrainingConfig(
             steps=8000,
-            target_tokens_per_batch=4096,
+            target_tokens_per_batch=2560,
             unroll_layers=4,
             label_smoothing=0.1,
             evaluate_every=500,

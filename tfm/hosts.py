@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,8 +32,10 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+_LAST_WORDS = 5.0  # seconds that the first host, failing, leaves the others: with it, JAX ends them at once
 _WAIT_MILLISECONDS = 30_000  # of one request; there is another after it, for as long as the hosts live
-_calls = 0  # of `agreed`, which gives each a name of its own: all hosts make the same calls in the same order
+# Of `agreed` and `meet`, which give each a name of its own: all hosts make the same calls in the same order.
+_calls = itertools.count()
 
 
 def index() -> int:
@@ -80,8 +84,21 @@ def together(config: Config) -> Iterator[None]:
             )
         sys.stdout.flush()
         sys.stderr.flush()
+        _let_others_end()
         os._exit(2 if isinstance(error, InputError) else 1)
     jax.distributed.shutdown()
+
+
+def _let_others_end() -> None:
+    """Has the first host wait a little for the others, which may have failed as it did and should end by themselves."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        if not is_first():
+            _client().key_value_set(f"tfm/ended/{index()}", "")
+            return
+        deadline = time.monotonic() + _LAST_WORDS
+        for other in range(1, count()):
+            left = max(1, int(1000 * (deadline - time.monotonic())))
+            _client().blocking_key_value_get(f"tfm/ended/{other}", left)
 
 
 def _start(hosts: HostsConfig) -> bool:
@@ -179,11 +196,9 @@ def code_hash() -> str:
 
 def agreed(value: T) -> T:
     """The first host's value, on each host; it is plain JSON. All hosts call this together."""
-    global _calls
     if count() == 1:
         return value
-    _calls += 1
-    key = f"tfm/agreed/{_calls}"
+    key = f"tfm/agreed/{next(_calls)}"
     if is_first():
         _client().key_value_set(key, json.dumps(value))
         return value
@@ -210,6 +225,20 @@ def first_does(work: Callable[[], T]) -> T | None:
     return result
 
 
+def meet() -> None:
+    """Returns once all hosts have called this.
+
+    Before they first compute together: the devices of one would not wait as long for the others as those may take to
+    read their data.
+    """
+    if count() == 1:
+        return
+    key = f"tfm/met/{next(_calls)}"
+    _client().key_value_set(f"{key}/{index()}", "")
+    for other in range(count()):
+        _get(f"{key}/{other}")
+
+
 def told_to_stop(step: int) -> bool:
     """Has a host got SIGTERM, and is this the step at which all of them can stop? Asked after each step, by all hosts.
 
@@ -229,12 +258,15 @@ class Watchdog:
     """
 
     def __init__(self, hosts: HostsConfig):
-        self._limits: dict[Work, int] = {
+        limits: dict[Work, int] = {
             "compiling": hosts.compile_timeout,
             "stepping": hosts.step_timeout,
             "evaluating": hosts.evaluation_timeout,
             "saving": hosts.save_timeout,
         }
+        # When the first host ends, JAX ends the others at once, before they could say where they were.
+        extra = max(5, hosts.step_timeout // 10) if is_first() else 0
+        self._limits = {work: limit and limit + extra for work, limit in limits.items()} if count() > 1 else {}
 
     def __enter__(self) -> Watchdog:
         return self
@@ -244,7 +276,6 @@ class Watchdog:
 
     def begins(self, work: Work) -> None:
         """From now on, that much time for this; whatever was begun before is done."""
-        if count() > 1 and self._limits[work]:
-            faulthandler.dump_traceback_later(self._limits[work], exit=True)
-        else:
-            faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
+        if limit := self._limits.get(work):
+            faulthandler.dump_traceback_later(limit, exit=True)

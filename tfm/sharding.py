@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.linen import meta
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfm.config import ConfigError, MeshConfig
@@ -77,9 +77,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"{asked}: needs {math.prod(sizes)} devices, and there are {len(devices)}")
+    auto = (AxisType.Auto,) * len(AXES)
+    if sizes[0] % config.slices:
+        raise ConfigError(
+            f"mesh.slices={config.slices} does not divide mesh.data={sizes[0]}, the only axis that crosses slices: "
+            "lower mesh.fsdp or mesh.tensor"
+        )
     if devices[0].platform == "cpu":  # topology-aware placement has nothing to know about simulated devices
-        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=auto)
+    there = len({getattr(device, "slice_index", 0) for device in devices})
+    if there != config.slices:
+        raise ConfigError(f"mesh.slices={config.slices}: the devices are in {there} slices: set it to that")
+    if config.slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    within, across = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=auto)
 
 
 def decoding_mesh(tensor: int) -> Mesh:

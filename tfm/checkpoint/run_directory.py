@@ -71,6 +71,8 @@ class RunDirectory:
         another config (naming each field that differs), or holds files that are no run's.
         """
         run = cls(path)
+        # The hosts of this start are none of the run's: whoever opens it elsewhere must not call them.
+        config = dataclasses.replace(config, hosts=HostsConfig())
         try:
             for part in (run.config_path, run.tokenizer_path, run.checkpoints_path, run.metrics_path):
                 refuse_link(part)
@@ -83,9 +85,7 @@ class RunDirectory:
             if primary:
                 run.path.mkdir(parents=True, exist_ok=True)
                 # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
-                # The hosts of this start are none of the run's: whoever opens it elsewhere must not call them.
-                kept = dataclasses.replace(config, hosts=HostsConfig())
-                write_atomically(run.config_path, kept.to_json().encode())
+                write_atomically(run.config_path, config.to_json().encode())
         except OSError as error:
             raise unwritable(run.path, error) from error
         return run

@@ -51,8 +51,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     """
     config = config.validate()
     # The first host makes the directory; the others, which see the same disk, find it made.
-    hosts.first_does(lambda: RunDirectory.create(workdir, config))
-    run = RunDirectory.create(workdir, config, primary=False)
+    run = hosts.first_does(lambda: RunDirectory.create(workdir, config))
+    run = run or RunDirectory.create(workdir, config, primary=False)
     with ExitStack() as stack:
         return Run(config, run, stack).go()
 
@@ -127,6 +127,7 @@ class Run:
         steps = self.config.training.steps
         progress = Progress(self.writer, self.config, self._last_good_checkpoint)
         pending = None
+        hosts.meet()
         self.watchdog.begins("compiling")
         for k, batch in batches:
             self.state, metrics = self.trainer.train_step(self.state, batch)
