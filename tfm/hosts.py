@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,8 @@ def _start(hosts: HostsConfig) -> bool:
         raise ConfigError(f"hosts.coordinator={address}: expected HOST:PORT of the first host")
     if size is not None and number is not None and not 0 <= number < size:
         raise ConfigError(f"hosts.index={number}: expected 0 to {size - 1}, since hosts.count={size}")
+    if address is not None and size is not None and number:
+        _wait_for_the_first(address, hosts.start_timeout)
     try:
         jax.distributed.initialize(
             coordinator_address=address,
@@ -130,16 +133,29 @@ def _start(hosts: HostsConfig) -> bool:
         message = " ".join(str(error).split())
         if "must be called before" in message or "only be called once" in message:
             return False  # the devices that there are, as when this is called from a program of one's own
-        if number == 0 and "DEADLINE" not in message:
-            raise InputError(
-                f"hosts.coordinator={address}: cannot be listened on ({message[:200]}): take a free port of this host"
-            ) from error
         raise InputError(
-            f"hosts.coordinator={address}: no answer within hosts.start_timeout={hosts.start_timeout} seconds: is host "
-            "0 running there, and may this host reach it?"
+            f"hosts.coordinator={address}: no program of several hosts can be made there ({message[:200]}): is its port "
+            "free on the first host?"
         ) from error
     _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
     return True
+
+
+def _wait_for_the_first(address: str, seconds: float) -> None:
+    """Returns once the first host listens. JAX, too, would wait for it, and then abort this process without a word."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, seconds)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise InputError(
+                    f"hosts.coordinator={address}: no answer within hosts.start_timeout={seconds} seconds ({error}): is "
+                    "the first host running there, and may this one reach it?"
+                ) from error
+            time.sleep(0.2)
 
 
 def _number(name: str) -> int | None:

@@ -1,0 +1,89 @@
+"""One host alone, for which all of it is a no-op; several of them are in test_processes.py."""
+
+import faulthandler
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tfm import hosts
+from tfm.config import Config, ConfigError, HostsConfig, InputError
+from tfm.training.signals import stop_signals
+
+
+def test_one_host_agrees_with_itself_and_waits_for_nobody():
+    with hosts.together(Config()):
+        assert (hosts.index(), hosts.count(), hosts.is_first()) == (0, 1, True)
+        assert hosts.agreed({"a": [1, None]}) == {"a": [1, None]}
+        assert hosts.first_does(lambda: 7) == 7
+        hosts.meet()
+        assert not hosts.told_to_stop(3)
+
+
+def test_what_goes_wrong_on_one_host_is_raised_as_it_is():
+    with pytest.raises(InputError, match="no such thing"), hosts.together(Config()):
+        hosts.first_does(lambda: (_ for _ in ()).throw(InputError("no such thing")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "here"}, "expected HOST:PORT"),
+        ({"coordinator": "here:port"}, "expected HOST:PORT"),
+        ({"coordinator": "here:1", "count": 2, "index": 2}, "hosts.index=2: expected 0 to 1, since hosts.count=2"),
+    ],
+)
+def test_options_that_make_no_program(fields, message):
+    with pytest.raises(ConfigError, match=message), hosts.together(Config(hosts=HostsConfig(**fields))):
+        pass
+
+
+def test_a_number_of_the_environment_has_to_be_one(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "two")
+    expected = "JAX_PROCESS_ID=two in the environment: expected a number"
+    with pytest.raises(ConfigError, match=expected), hosts.together(Config()):
+        pass
+
+
+def test_the_hash_is_that_of_the_files_of_the_package():
+    again = subprocess.run(
+        [sys.executable, "-c", "from tfm import hosts; print(hosts.code_hash())"], capture_output=True, text=True
+    )
+    assert again.stdout.strip() == hosts.code_hash()
+
+
+def test_a_host_alone_is_never_ended(monkeypatch):
+    armed = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: armed.append(args))
+    with hosts.Watchdog(HostsConfig(step_timeout=1)) as watchdog:
+        watchdog.begins("stepping")
+    assert not armed
+
+
+def test_among_others_each_kind_of_work_has_its_limit_and_the_first_host_is_patient(monkeypatch):
+    armed = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append((seconds, exit)))
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    limits = HostsConfig(compile_timeout=70, step_timeout=10, evaluation_timeout=0, save_timeout=30)
+    for index, expected in ((1, [70, 10, 30]), (0, [75, 15, 35])):
+        monkeypatch.setattr(hosts, "index", lambda index=index: index)
+        armed.clear()
+        with hosts.Watchdog(limits) as watchdog:
+            for work in ("compiling", "stepping", "evaluating", "saving"):
+                watchdog.begins(work)
+        assert armed == [(seconds, True) for seconds in expected]
+
+
+def test_a_run_remembers_no_hosts(tmp_path):
+    from tfm.checkpoint import RunDirectory
+
+    config = Config(hosts=HostsConfig(coordinator="there:1", count=2, index=0))
+    run = RunDirectory.create(tmp_path / "run", config)
+    assert json.loads(run.config_path.read_text())["hosts"]["coordinator"] is None
+    RunDirectory.create(tmp_path / "run", config)
+
+
+def test_signals_of_one_host_are_its_own():
+    with stop_signals() as stop:
+        assert not stop.after_step(1)
