@@ -134,8 +134,8 @@ def _start(hosts: HostsConfig) -> bool:
         if "must be called before" in message or "only be called once" in message:
             return False  # the devices that there are, as when this is called from a program of one's own
         raise InputError(
-            f"hosts.coordinator={address}: no program of several hosts can be made there ({message[:200]}): is its port "
-            "free on the first host?"
+            f"hosts.coordinator={address}: no program of several hosts can be made there ({message[:200]}): is its "
+            "port free on the first host?"
         ) from error
     _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
     return True
@@ -152,8 +152,8 @@ def _wait_for_the_first(address: str, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise InputError(
-                    f"hosts.coordinator={address}: no answer within hosts.start_timeout={seconds} seconds ({error}): is "
-                    "the first host running there, and may this one reach it?"
+                    f"hosts.coordinator={address}: no answer within hosts.start_timeout={seconds} seconds ({error}): "
+                    "is the first host running there, and may this one reach it?"
                 ) from error
             time.sleep(0.2)
 
