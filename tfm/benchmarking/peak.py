@@ -23,9 +23,7 @@ _SECONDS = 0.4  # for each library and size
 _AT_ONCE = 8  # products sent before the last is waited for, so that sending them costs nothing
 
 
-def matmul_peak(
-    devices: Sequence[Any], dtype: jnp.dtype, sizes: Sequence[int] | None = None, seconds: float = _SECONDS
-) -> dict[str, Any]:
+class MatmulPeak:
     """The best rate of square matrix products, over sizes and over JAX, NumPy and PyTorch where that is installed.
 
     Args:
@@ -33,40 +31,54 @@ def matmul_peak(
       dtype: of the matrices; what is not float32 is measured with JAX, and on a GPU with PyTorch.
       sizes: rows of the matrices; by default, by the kind of device.
       seconds: for each library and size.
-
-    Returns:
-      {"matmul_peak_flops": FLOP/s, "matmul_peak_of": {"library", "size"}, "matmul_peaks": [one of each measured]}.
     """
-    platform = devices[0].platform
-    sizes = sizes or _SIZES.get(platform, _SIZES["accelerator"])
-    libraries: dict[str, Callable[[int], Callable[[int], None] | None]] = {
-        "jax": lambda size: _jax_products(devices, dtype, size)
-    }
-    if platform == "cpu" and dtype == jnp.float32:
-        libraries["numpy"] = _numpy_products
-    if find_spec("torch") is not None and (platform == "gpu" or (platform == "cpu" and dtype == jnp.float32)):
-        libraries["torch"] = lambda size: _torch_products(platform, len(devices), dtype, size)
-    found = []
-    for library, products_of in libraries.items():
-        for size in sizes:
-            products = products_of(size)
-            if products is None:
-                continue
-            many = len(devices) if library == "jax" else 1
-            flops = 2.0 * size**3 * many / _fastest(products, seconds)
-            found.append({"library": library, "size": size, "flops": flops})
-            del products  # its matrices
-    best = max(found, key=lambda one: one["flops"])
-    return {
-        "matmul_peak_flops": best["flops"],
-        "matmul_peak_of": {"library": best["library"], "size": best["size"]},
-        "matmul_peaks": found,
-    }
 
+    def __init__(
+        self, devices: Sequence[Any], dtype: jnp.dtype, sizes: Sequence[int] | None = None, seconds: float = _SECONDS
+    ) -> None:
+        platform = devices[0].platform
+        self.devices, self._dtype, self._seconds = tuple(devices), dtype, seconds
+        self.measured: list[dict[str, Any]] = []
+        """One of each library and size: {"library", "size", "flops"}, FLOP/s."""
+        libraries = ["jax"]
+        if platform == "cpu" and dtype == jnp.float32:
+            libraries.append("numpy")
+        if find_spec("torch") is not None and (platform == "gpu" or "numpy" in libraries):
+            libraries.append("torch")
+        for library in libraries:
+            for size in sizes or _SIZES.get(platform, _SIZES["accelerator"]):
+                flops = self._flops(library, size)
+                if flops is not None:
+                    self.measured.append({"library": library, "size": size, "flops": flops})
 
-def higher(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Of two measurements of the peak, such as before and after a benchmark, the higher one."""
-    return max(a, b, key=lambda one: one["matmul_peak_flops"])
+    @property
+    def best(self) -> dict[str, Any]:
+        """The fastest of what was measured."""
+        return max(self.measured, key=lambda one: one["flops"])
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s of the best, of all devices together."""
+        return self.best["flops"]
+
+    def again(self) -> float:
+        """The peak after the best library and size had another try: a busy machine may have become quieter."""
+        best = self.best
+        best["flops"] = max(best["flops"], self._flops(best["library"], best["size"]) or 0.0)
+        return best["flops"]
+
+    def _flops(self, library: str, size: int) -> float | None:
+        """FLOP/s; None where the library cannot use these devices."""
+        if library == "jax":
+            products = _jax_products(self.devices, self._dtype, size)
+        elif library == "numpy":
+            products = _numpy_products(size)
+        else:
+            products = _torch_products(self.devices, self._dtype, size)
+        if products is None:
+            return None
+        many = len(self.devices) if library == "jax" else 1
+        return 2.0 * size**3 * many / _fastest(products, self._seconds)
 
 
 def _fastest(products: Callable[[int], None], seconds: float) -> float:
@@ -117,11 +129,12 @@ def _numpy_products(size: int) -> Callable[[int], None]:
     return products
 
 
-def _torch_products(platform: str, devices: int, dtype: jnp.dtype, size: int) -> Callable[[int], None] | None:
+def _torch_products(devices: Sequence[Any], dtype: jnp.dtype, size: int) -> Callable[[int], None] | None:
     """None where PyTorch cannot use the device, or only one of several."""
     import torch
 
-    if platform == "gpu" and (devices > 1 or not torch.cuda.is_available()):
+    platform = devices[0].platform
+    if platform == "gpu" and (len(devices) > 1 or not torch.cuda.is_available()):
         return None
     kind = getattr(torch, dtype.name)
     where = "cuda" if platform == "gpu" else "cpu"

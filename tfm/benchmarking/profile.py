@@ -21,15 +21,28 @@ _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (?:\([^=]*?\)|\S+) ([\w-]
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # Their events last as long as those of what they hold, which are in the trace by themselves.
 _CONTAINERS = {"while", "conditional", "call"}
-_TRANSFORMATION = re.compile(r"^(?:jit|jvp|transpose|vmap|shard_map|checkpoint|rematted_computation)\b.*$")
-_PARTS = 3  # of a module path
+# Of an op_name: a module has a plain name, its method comes after a dot, and transformations have parentheses.
+_MODULE = re.compile(r"\w+")
+# The scan over layers, whose modules all have the same name, and the control flow that JAX puts in.
+_NO_PART = {
+    "Transformer",
+    "layers",
+    "while",
+    "body",
+    "cond",
+    "closed_call",
+    "shard_map",
+    "checkpoint",
+    "rematted_computation",
+}
+_DEPTH = 2  # decoder/cross_attention
 _ROWS = 24
 
 
 def profiled(
-    directory: Path, compiled: jax.stages.Compiled, run: Callable[[], Any], count: int
+    directory: Path, compiled: jax.stages.Compiled, run: Callable[[], Any], count: int, elsewhere: str
 ) -> list[dict[str, float | str]]:
-    """Traces `count` runs of a compiled program into `directory`; the table of `time_by_part` of one run.
+    """Traces `count` runs of a compiled program into `directory`; the table of `time_by_part`.
 
     Raises InputError where nothing can be written there.
     """
@@ -44,11 +57,11 @@ def profiled(
     traces = sorted(set(directory.rglob("*.xplane.pb")) - before)
     if not traces:
         raise InputError(f"--profile={directory}: the profiler wrote no trace there; name an empty directory")
-    return time_by_part(_durations(traces[-1]), compiled.as_text(), count)
+    return time_by_part(_durations(traces[-1]), compiled.as_text(), count, elsewhere)
 
 
 def time_by_part(
-    durations: Mapping[str, tuple[float, int]], program: str, runs: int
+    durations: Mapping[str, tuple[float, int]], program: str, runs: int, elsewhere: str
 ) -> list[dict[str, float | str]]:
     """Operations summed up by part of the model and direction, the longest first; the last row is all others.
 
@@ -56,8 +69,9 @@ def time_by_part(
       durations: seconds and events of each name in the trace; those that are no operation of the program are left out.
       program: text of the compiled program.
       runs: that the trace holds; times are those of one.
+      elsewhere: what is said of operations outside the model.
     """
-    parts = _parts_of(program)
+    parts = _parts_of(program, elsewhere)
     seconds: dict[str, float] = collections.Counter()
     events: dict[str, int] = collections.Counter()
     for name, (duration, number) in durations.items():
@@ -73,9 +87,7 @@ def time_by_part(
     if rest := ordered[_ROWS:]:
         others = sum(seconds[part] for part in rest)
         number = sum(events[part] for part in rest)
-        table.append(
-            {"part": "all others", "seconds": others, "share": others / total, "operations": number / runs}
-        )
+        table.append({"part": "all others", "seconds": others, "share": others / total, "operations": number / runs})
     return table
 
 
@@ -94,22 +106,23 @@ def _durations(trace: Path) -> dict[str, tuple[float, int]]:
     return found
 
 
-def _parts_of(program: str) -> dict[str, str]:
+def _parts_of(program: str, elsewhere: str) -> dict[str, str]:
     """The part of the model that each operation of a compiled program serves, but for those that hold others."""
     parts = {}
     for line in program.split("\n"):
         instruction = _INSTRUCTION.match(line)
         if instruction and instruction[2] not in _CONTAINERS:
             op_name = _OP_NAME.search(line)
-            parts[instruction[1]] = part_of(op_name[1]) if op_name else f"({instruction[2]})"
+            parts[instruction[1]] = part_of(op_name[1], elsewhere) if op_name else f"({instruction[2]})"
     return parts
 
 
-def part_of(op_name: str) -> str:
-    """`jit(_train_step)/transpose(jvp(Transformer))/decoder/layers/…/dot_general` as `decoder/layers/…, backward`."""
-    path = op_name.split("/")
-    backward = any(step.startswith("transpose(") for step in path)
-    names = [step for step in path[:-1] if not _TRANSFORMATION.match(step) and step not in ("while", "body", "closed_call")]
-    scopes = [name.rpartition(".")[0] or name for name in names]
-    kept = "/".join(dict.fromkeys(scopes[:_PARTS])) or path[-1]
-    return f"{kept}, backward" if backward else kept
+def part_of(op_name: str, elsewhere: str = "update") -> str:
+    """`jit(_train_step)/transpose(jvp(Transformer))/…/decoder/…/cross_attention/query/dot_general` as
+    `decoder/cross_attention, backward`; what stands in no module is the loss where it has a gradient, or else
+    `elsewhere`.
+    """
+    steps = [step.partition(".")[0] for step in op_name.split("/")[:-1]]
+    modules = dict.fromkeys(step for step in steps if _MODULE.fullmatch(step) and step not in _NO_PART)
+    part = "/".join(list(modules)[:_DEPTH]) or ("loss" if "jvp(" in op_name else elsewhere)
+    return f"{part}, backward" if "transpose(" in op_name else part

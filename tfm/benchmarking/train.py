@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from tfm import sharding
 from tfm.benchmarking import programs
+from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.profile import profiled
 from tfm.benchmarking.rates import per_second, utilisation
 from tfm.benchmarking.synthetic import SyntheticStore, SyntheticTable
@@ -86,14 +87,14 @@ def trainer_of(config: Config, vocab_size: int, mesh: Mesh) -> Trainer:
     return Trainer(config, model, mesh)
 
 
-def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, peak: float) -> dict[str, Any]:
+def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, peak: MatmulPeak) -> dict[str, Any]:
     """Times training steps; the keys of the result are those of the command's JSON.
 
     Args:
       config: of the run.
       devices: that the mesh is made of.
       timing: what is timed.
-      peak: FLOP/s of matrix products on these devices together, `matmul_peak_flops`.
+      peak: of matrix products on these devices, which have another try after the timing.
 
     Raises:
       InputError: no corpus, or rows or parameters that don't divide over the mesh.
@@ -106,7 +107,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
         contents = _contents([batches.host_batch(k) for k in steps.used])
         trace = None
         if timing.profile is not None:
-            trace = profiled(timing.profile, steps.compiled, steps.step, _PROFILED_STEPS)
+            trace = profiled(timing.profile, steps.compiled, steps.step, _PROFILED_STEPS, "update")
         median = float(np.median(seconds))
         shape = (batches.rows_per_batch, batches.source_length, batches.target_length)
         padding = dict(zip(("source_padding", "target_padding"), _padding(contents, *shape), strict=True))
@@ -132,7 +133,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
                 devices=len(devices),
                 device_kind=devices[0].device_kind,
                 dtype=trainer.model.dtype.name,
-                matmul_peak_flops=peak,
+                matmul_peak_flops=peak.again(),
             ),
             **programs.memory(steps.compiled, list(devices)),
             "collectives": programs.collectives(steps.compiled),

@@ -89,7 +89,9 @@ class Decoder:
         ladder = _ladder(config, config.max_source_length + extra, shards)
         self.score_buckets = [Bucket(rows, length, length) for rows, length in ladder]
         self.compile_seconds: dict[tuple[str, Bucket], float] = {}
-        self.compile_stages: dict[tuple[str, Bucket], tuple[float, float, float]] = {}  # of the newest: trace, lower, compile
+        self.compile_stages: dict[
+            tuple[str, Bucket], tuple[float, float, float]
+        ] = {}  # of the newest: trace, lower, compile
         self._compiled: dict[Any, Any] = {}
         self._parameters: Any = None
         boxed = [abstract_parameters(model) for model in self.models]
