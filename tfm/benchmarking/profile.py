@@ -113,7 +113,7 @@ def _parts_of(program: str, elsewhere: str) -> dict[str, str]:
         instruction = _INSTRUCTION.match(line)
         if instruction and instruction[2] not in _CONTAINERS:
             op_name = _OP_NAME.search(line)
-            parts[instruction[1]] = part_of(op_name[1], elsewhere) if op_name else f"({instruction[2]})"
+            parts[instruction[1]] = part_of(op_name[1], elsewhere) if op_name else f"{instruction[2]}, of no known part"
     return parts
 
 

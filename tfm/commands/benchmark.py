@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         print(table(report["points"]))
         for point in report["points"]:
             if "profile" in point:
-                print(f"\n{profile_table(point['profile'])}")
+                print(f"\nWhere the time of one run goes\n{table([point])}\n\n{profile_table(point['profile'])}")
     return 0
 
 
