@@ -101,6 +101,7 @@ def _durations(trace: Path) -> dict[str, tuple[float, int]]:
                 name = event.name
                 if plane.name.startswith("/device:GPU"):
                     name = str(next((value for key, value in event.stats if key == "hlo_op"), name))
+                name = name.removeprefix("%").partition(" = ")[0]  # a TPU's may be the whole instruction
                 seconds, number = found.get(name, (0.0, 0))
                 found[name] = (seconds + event.duration_ns / 1e9, number + 1)
     return found
