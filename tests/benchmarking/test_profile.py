@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tfm.benchmarking.profile import part_of, profiled, time_by_part
+from tfm.benchmarking.profile import operation_of, part_of, profiled, time_by_part
 from tfm.config import InputError
 
 LAYER = "while/body/closed_call/layers.apply_layer/layers/layers.residual"
@@ -40,6 +40,19 @@ PROGRAM = """
 )
 def test_the_part_of_an_operation(op_name, part):
     assert part_of(op_name) == part
+
+
+@pytest.mark.parametrize(
+    ("plane", "event", "stats", "operation"),
+    [
+        ("/host:CPU", "dot.1", (), "dot.1"),
+        ("/device:GPU:0", "ampere_sgemm_128x64", (("correlation_id", 3), ("hlo_op", "custom-call.7")), "custom-call.7"),
+        ("/device:GPU:0", "MemcpyD2D", (), "MemcpyD2D"),
+        ("/device:TPU:0", "%fusion.3 = f32[8,128]{1,0} fusion(%p)", (), "fusion.3"),
+    ],
+)
+def test_the_operation_of_an_event(plane, event, stats, operation):
+    assert operation_of(plane, event, stats) == operation
 
 
 def test_times_are_summed_by_part_of_one_run():

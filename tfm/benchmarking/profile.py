@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,21 @@ def _durations(trace: Path) -> dict[str, tuple[float, int]]:
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines:
             for event in line.events:
-                # A GPU's event is a kernel, which says of which operation; a TPU's and a CPU's is the operation.
-                name = event.name
-                if plane.name.startswith("/device:GPU"):
-                    name = str(next((value for key, value in event.stats if key == "hlo_op"), name))
-                name = name.removeprefix("%").partition(" = ")[0]  # a TPU's may be the whole instruction
+                name = operation_of(plane.name, event.name, event.stats)
                 seconds, number = found.get(name, (0.0, 0))
                 found[name] = (seconds + event.duration_ns / 1e9, number + 1)
     return found
+
+
+def operation_of(plane: str, event: str, stats: Iterable[tuple[str, Any]]) -> str:
+    """The operation of the compiled program that an event of a trace is one of, or is a part of.
+
+    A GPU's event is a kernel, which says of which operation; a CPU's is the operation, and a TPU's may be the whole
+    instruction.
+    """
+    if plane.startswith("/device:GPU"):
+        event = str(next((value for key, value in stats if key == "hlo_op"), event))
+    return event.removeprefix("%").partition(" = ")[0]
 
 
 def _parts_of(program: str, elsewhere: str) -> dict[str, str]:
