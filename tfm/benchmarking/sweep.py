@@ -7,7 +7,7 @@ import difflib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -154,30 +154,47 @@ def benchmark_decoding(
     present, peaks = sharding.first_devices(devices), _Peaks(config, make_peak)
     points = []
     for beam in beams:
-        for value in sweep.values if sweep else (None,):
-            length = value if sweep and sweep.axis == "length" else timing.length
-            used = present[:value] if sweep and sweep.axis == "devices" else present
-            many = max(1, config.decoding.tokens_per_batch // (length + 1))
-            counts = (many,) if sweep else (1, many)
-            if batches is not None:
-                counts = tuple(sorted(set(batches)))[-1 if sweep else 0 :]
-            if sweep and sweep.axis == "batch":
-                counts = (value,)
-            elif sweep and sweep.axis == "devices":
-                counts = (value * counts[0],)
-            for count in counts:
-                point_timing = dataclasses.replace(_with_folder(timing, sweep, value), length=length)
-                if timing.profile is not None:
-                    folder = point_timing.profile / f"beam-{beam}-sentences-{count}"
-                    point_timing = dataclasses.replace(point_timing, profile=folder)
-                point = time_decoding(config, used, point_timing, peaks.of(used), beams=beam, sentences=count)
-                points.append(point if sweep is None else {sweep.axis: value, **point})
-                _log.info("beam %d: %.4g sentences/s of %d", beam, point["sentences_per_second"], count)
+        for case in _decoding_cases(config, timing.length, batches, len(present), sweep):
+            used = present[: case.devices]
+            changed = dataclasses.replace(_with_folder(timing, sweep, case.value), length=case.length)
+            if changed.profile is not None:
+                folder = changed.profile / f"beam-{beam}-sentences-{case.sentences}"
+                changed = dataclasses.replace(changed, profile=folder)
+            point = time_decoding(config, used, changed, peaks.of(used), beams=beam, sentences=case.sentences)
+            points.append(point if sweep is None else {sweep.axis: case.value, **point})
+            _log.info("beam %d: %.4g sentences/s of %d", beam, point["sentences_per_second"], case.sentences)
     made = report("decode", config, argv, list(peaks.by_devices.values()), points)
     alone = [p["search_seconds_median"] for p in points if p["sentences"] == 1 and p["beam_size"] == beams[-1]]
     if alone:
         made["latency_seconds_median"] = alone[0]
     return _swept(made, sweep)
+
+
+class _Case(NamedTuple):
+    """One point of a decoding benchmark, for any beam."""
+
+    value: int | None  # on the axis of a sweep
+    sentences: int
+    length: int
+    devices: int
+
+
+def _decoding_cases(
+    config: Config, length: int, batches: Sequence[int] | None, devices: int, sweep: Sweep | None
+) -> list[_Case]:
+    """Without a sweep, a case for each number of sentences; in a sweep, one for each value with the most sentences."""
+
+    def counts(length: int) -> list[int]:
+        room = max(1, config.decoding.tokens_per_batch // (length + 1))
+        return sorted({1, room} if batches is None else set(batches))
+
+    if sweep is None:
+        return [_Case(None, count, length, devices) for count in counts(length)]
+    if sweep.axis == "batch":
+        return [_Case(value, value, length, devices) for value in sweep.values]
+    if sweep.axis == "length":
+        return [_Case(value, counts(value)[-1], value, devices) for value in sweep.values]
+    return [_Case(value, value * counts(length)[-1], length, value) for value in sweep.values]
 
 
 def _swept(made: dict[str, Any], sweep: Sweep | None) -> dict[str, Any]:
