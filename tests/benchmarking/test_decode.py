@@ -36,10 +36,19 @@ def test_rates_belong_to_the_search(timed):
     assert (timed["rows_per_batch"], timed["row_padding"]) == (3, 0)
 
 
-def test_prefill_and_steps_make_up_the_search(timed):
-    whole = timed["prefill_seconds_median"] + (LENGTH + 1) * timed["step_seconds_median"]
-    if timed["step_seconds_median"] and timed["prefill_seconds_median"]:  # neither was lost in noise
-        assert whole == pytest.approx(timed["search_seconds_median"])
+def test_prefill_and_steps_make_up_the_search(tiny, make_peak, monkeypatch):
+    def times(full, empty, timing):
+        full(), empty()
+        return [0.9, 1.0, 1.1], [0.4, 0.4, 0.7]
+
+    monkeypatch.setattr(decode, "_timed", times)
+    timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert timed["step_seconds_median"] == pytest.approx((1.0 - 0.4) / LENGTH)
+    assert timed["prefill_seconds_median"] == pytest.approx(0.4 - 0.1)
+
+    monkeypatch.setattr(decode, "_timed", lambda *_: (times(*_)[0], [1.2]))  # lost in noise
+    timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert timed["step_seconds_median"] is timed["prefill_seconds_median"] is None
 
 
 def test_flops_are_the_formula_s_and_xla_s_are_near(timed, beams, tiny):

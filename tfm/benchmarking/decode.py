@@ -80,7 +80,9 @@ def time_decoding(
         trace = profiled(timing.profile, compiled, full, _PROFILED_SEARCHES, "search")
     search, after_one_step = (float(np.median(times)) for times in seconds)
     steps = timing.length + 1  # the end is a token, too
-    step = max(search - after_one_step, 0.0) / (steps - 1)
+    step = (search - after_one_step) / (steps - 1)
+    # Noise can hide a search of a few milliseconds: unknown is better than 0.
+    resolved = 0 < step < after_one_step
     shape = (bucket.rows, beams, bucket.length, bucket.room)
     flops = prefill_flops(config.model, bucket.rows, bucket.length)
     flops += steps * decode_step_flops(config.model, model.vocab_size, *shape)
@@ -104,8 +106,8 @@ def time_decoding(
         "searches": timing.steps,
         **programs.stage_seconds(*decoder.compile_stages["search", bucket]),
         **programs.spread("search", seconds[0]),
-        "prefill_seconds_median": max(after_one_step - step, 0.0),
-        "step_seconds_median": step,
+        "prefill_seconds_median": after_one_step - step if resolved else None,
+        "step_seconds_median": step if resolved else None,
         **per_second(contents, search, len(devices)),
         "row_padding": 1 - sentences / bucket.rows,
         **utilisation(
