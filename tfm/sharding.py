@@ -106,6 +106,21 @@ def decoding_mesh(tensor: int) -> Mesh:
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor))
 
 
+def first_devices(count: int | None) -> list[Any]:
+    """The first `count` devices, or all, for a mesh of `make_mesh`; a CPU has as many as asked for, simulated.
+
+    Raises ConfigError where there are fewer.
+    """
+    _keep_freed_memory()
+    if count is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # too late: with the devices that there are
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if count is not None and count > len(devices):
+        raise ConfigError(f"{count} devices are asked for, and there are {len(devices)} ({devices[0].device_kind})")
+    return devices[:count]
+
+
 def decode_on_every_core() -> None:
     """Makes a device of each CPU core, where CPUs are all there is: to be called before anything has asked for devices.
 

@@ -89,6 +89,9 @@ class Decoder:
         ladder = _ladder(config, config.max_source_length + extra, shards)
         self.score_buckets = [Bucket(rows, length, length) for rows, length in ladder]
         self.compile_seconds: dict[tuple[str, Bucket], float] = {}
+        self.compile_stages: dict[
+            tuple[str, Bucket], tuple[float, float, float]
+        ] = {}  # of the newest: trace, lower, compile
         self._compiled: dict[Any, Any] = {}
         self._parameters: Any = None
         boxed = [abstract_parameters(model) for model in self.models]
@@ -141,6 +144,10 @@ class Decoder:
             rows = rows._replace(number_B=number_B)
         return self._run(functools.partial(self._search, bucket), "search", bucket, rows)
 
+    def search_program(self, bucket: Bucket) -> jax.stages.Compiled:
+        """The compiled program that `decode` runs in a bucket without prefixes. KeyError where it hasn't run yet."""
+        return self._compiled["search", bucket, True]
+
     def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
         """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""
         shape = (bucket.rows, bucket.length)
@@ -155,14 +162,19 @@ class Decoder:
         """The compiled function for rows of these shapes."""
         key = (name, bucket, rows.prefix_BT is None)
         if key not in self._compiled:
-            start = time.perf_counter()
             where = sharding.batch_sharding(self.mesh)
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), rows)
             program = jax.jit(sharding.per_device(function, self.mesh), in_shardings=(self._shardings, where))
+            times = [time.perf_counter()]
             with jax.set_mesh(self.mesh):
-                self._compiled[key] = program.lower(self._parameters, shapes).compile()
-            seconds = time.perf_counter() - start
-            self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + seconds
+                traced = program.trace(self._parameters, shapes)
+                times.append(time.perf_counter())
+                lowered = traced.lower()
+                times.append(time.perf_counter())
+                self._compiled[key] = lowered.compile()
+            times.append(time.perf_counter())
+            self.compile_stages[name, bucket] = tuple(np.diff(times).tolist())
+            self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + times[-1] - times[0]
         return self._compiled[key]
 
     def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:

@@ -1,0 +1,243 @@
+"""Training steps a second: tfm and PyTorch's `nn.Transformer`, side by side on one machine.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/train_step.py --json=train_step.json
+
+Both have 3 + 3 layers of width 256, feed-forward width 1024, 4 heads, post-norm, ReLU, a vocabulary of 8,000 and one
+table for both embeddings and the output, float32; both take the same tokens, drop 0.1, smooth labels by 0.1 and update
+with Adam (betas 0.9 and 0.98). PyTorch may have the better of eager execution and `torch.compile`, and of several
+numbers of threads, found in rounds that are not counted. Then the two run in turn, round by round, so that a shared
+machine slows both. Medians over rounds, and of their ratios.
+
+Where the two are not the same:
+
+- Dropout sites are those of the paper for both: the embedded input of either stack and each block's output.
+  `nn.Transformer` also drops attention weights and the feed-forward block's inner features at its one rate; these two
+  are switched off, so that it has less to do. `--all-dropout` leaves them on, and switches tfm's on as well.
+- tfm keeps packed pairs apart by segment ids and builds its masks of them in every step; rows hold one pair each here,
+  so that PyTorch needs a causal mask alone, and no padding mask. It is told so (`is_causal`).
+- PyTorch's attention projections have biases, and tfm's have none. tfm pads its vocabulary to 8,064, follows a learning
+  rate schedule, counts tokens, checks that the update is finite, and measures the norm of its gradients for the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+VOCAB, WIDTH, INNER, HEADS, LAYERS = 8_000, 256, 1024, 4, 3
+DROPOUT, SMOOTHING = 0.1, 0.1
+Step = Callable[[], float]  # one update; its loss, waited for
+
+
+def batch_of(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target tokens [rows, length]."""
+    source, target = np.random.default_rng(0).integers(4, VOCAB, (2, rows, length), np.int32)
+    return source, target
+
+
+def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int) -> Step:
+    import jax
+
+    from tfm import sharding
+    from tfm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+    from tfm.data.batches import Batch
+    from tfm.data.tokenizer import BOS
+    from tfm.model.transformer import Transformer
+    from tfm.training.step import Trainer
+
+    inner_rate = DROPOUT if all_dropout else 0.0
+    config = Config(
+        ModelConfig(
+            d_model=WIDTH,
+            d_ff=INNER,
+            num_heads=HEADS,
+            encoder_layers=LAYERS,
+            decoder_layers=LAYERS,
+            dropout_rate=DROPOUT,
+            attention_dropout_rate=inner_rate,
+            activation_dropout_rate=inner_rate,
+        ),
+        DataConfig(vocab_size=VOCAB, source_row_length=length, target_row_length=length),
+        OptimizerConfig(),
+        TrainingConfig(target_tokens_per_batch=rows * length, label_smoothing=SMOOTHING, unroll_layers=unroll),
+    ).validate()
+    mesh = sharding.make_mesh(config.mesh)
+    trainer = Trainer(config, Transformer(config.model, VOCAB, unroll=unroll), mesh)
+    source, target = batch_of(rows, length)
+    ones = np.ones_like(source)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), source.shape)
+    inputs = np.concatenate([np.full((rows, 1), BOS, np.int32), target[:, :-1]], axis=1)
+    batch = Batch(source, ones, positions, inputs, target, ones, positions, np.arange(rows, dtype=np.int32))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        state = trainer.init()
+
+    def step() -> float:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = trainer.train_step(state, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step
+
+
+def torch_step(rows: int, length: int, all_dropout: bool, compiled: bool) -> Step:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(VOCAB, WIDTH) * WIDTH**-0.5)
+            self.stacks = nn.Transformer(WIDTH, HEADS, LAYERS, LAYERS, INNER, DROPOUT, "relu", batch_first=True)
+            self.stacks.encoder.norm = self.stacks.decoder.norm = None  # post-norm needs no closing norm
+            if not all_dropout:
+                for module in self.stacks.modules():
+                    if isinstance(module, nn.MultiheadAttention):
+                        module.dropout = 0.0
+                    elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+                        module.dropout.p = 0.0
+            self.dropout = nn.Dropout(DROPOUT)
+            angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, WIDTH, 2) * (-math.log(10_000) / WIDTH))
+            self.register_buffer("positions", torch.stack([angle.sin(), angle.cos()], -1).reshape(length, WIDTH))
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+        def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.dropout(nn.functional.embedding(tokens, self.table) * WIDTH**0.5 + self.positions)
+
+        def forward(self, source: torch.Tensor, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            x = self.stacks(self.embed(source), self.embed(inputs), tgt_mask=self.mask, tgt_is_causal=True)
+            logits = x @ self.table.T
+            return nn.functional.cross_entropy(logits.reshape(-1, VOCAB), target.reshape(-1), label_smoothing=SMOOTHING)
+
+    source, target = (torch.tensor(tokens, dtype=torch.int64) for tokens in batch_of(rows, length))
+    inputs = torch.cat([torch.full((rows, 1), 2), target[:, :-1]], dim=1)
+    model = Model().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    loss_of = torch.compile(model) if compiled else model
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(source, inputs, target)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def best_torch_step(rows: int, length: int, all_dropout: bool, threads: list[int], tries: int) -> tuple[Step, dict]:
+    """The fastest kind of PyTorch's step with the fastest number of threads, and what was tried."""
+    import torch
+
+    measured = []
+    for kind in ("eager", "compile"):
+        try:
+            step = torch_step(rows, length, all_dropout, kind == "compile")
+            step()
+        except Exception as error:  # such as no C++ compiler, which torch.compile needs
+            print(f"PyTorch, {kind}: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+            measured.append({"kind": kind, "error": type(error).__name__})
+            continue
+        for count in threads:
+            torch.set_num_threads(count)
+            step()
+            seconds = statistics.median(timed(step) for _ in range(tries))
+            measured.append({"kind": kind, "threads": count, "seconds": seconds, "step": step})
+            print(f"PyTorch, {kind}, {count} threads: {seconds * 1e3:.1f} ms", file=sys.stderr)
+    best = min((one for one in measured if "step" in one), key=lambda one: one["seconds"])
+    tried = [{name: value for name, value in one.items() if name != "step"} for one in measured]
+
+    def step() -> float:
+        torch.set_num_threads(best["threads"])
+        return best["step"]()
+
+    return step, {"best": {"kind": best["kind"], "threads": best["threads"]}, "tried": tried}
+
+
+def timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["128x32", "32x128", "512x32"], help="ROWSxLENGTH, of source and target"
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tries", type=int, default=3, help="steps by which PyTorch's settings are chosen")
+    parser.add_argument("--threads", type=int, nargs="+", help="PyTorch's; half and all of the processors if unset")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processors that all of it may use")
+    parser.add_argument("--unroll-layers", type=int, default=LAYERS, help="tfm's training.unroll_layers")
+    parser.add_argument("--all-dropout", action="store_true", help="also of attention weights and inner features")
+    parser.add_argument("--without-torch", action="store_true")
+    parser.add_argument("--json", help="file for the results; - is standard output")
+    arguments = parser.parse_args()
+
+    # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+    arguments.threads = arguments.threads or sorted({max(1, arguments.cores // 2), arguments.cores})
+    report = {"what": vars(arguments), "python": platform.python_version(), "cpu": platform.processor(), "results": []}
+    report["versions"] = {
+        name: importlib.metadata.version(name) for name in ("jax", "torch") if importlib.util.find_spec(name)
+    }
+    for shape in arguments.shapes:
+        rows, length = map(int, shape.split("x"))
+        report["results"].append(compare(rows, length, arguments))
+    text = json.dumps(report, indent=2)
+    if arguments.json == "-":
+        print(text)
+    elif arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:
+    result = {"rows": rows, "length": length}
+    # tfm comes first: it has the C library keep freed memory, from which PyTorch profits, too.
+    steps = {"tfm": tfm_step(rows, length, arguments.all_dropout, arguments.unroll_layers)}
+    if not arguments.without_torch:
+        steps["torch"], result["torch"] = best_torch_step(
+            rows, length, arguments.all_dropout, arguments.threads, arguments.tries
+        )
+    losses = {name: step() for name, step in steps.items()}
+    for name, loss in losses.items():
+        assert abs(loss - math.log(VOCAB)) < 2, f"{name}: a loss of {loss} is not that of a fresh model"
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(arguments.rounds):
+        order = list(steps) if number % 2 else list(reversed(steps))
+        for name in order:
+            seconds[name].append(timed(steps[name]))
+    result |= {"first_loss": losses, "step_seconds": seconds, "step_seconds_median": {}, "target_tokens_per_second": {}}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        result["step_seconds_median"][name] = median
+        result["target_tokens_per_second"][name] = rows * length / median
+        print(f"{rows} x {length}: {name:<6} {median * 1e3:8.1f} ms a step", file=sys.stderr)
+    if "torch" in steps:
+        ratio = statistics.median(b / a for a, b in zip(seconds["tfm"], seconds["torch"], strict=True))
+        result["tfm_times_as_fast"] = ratio
+        print(f"         tfm is {ratio:.2f} times as fast", file=sys.stderr)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What is timed is the Decoder's own search, for translations of a known length."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tfm.benchmarking import decode
+from tfm.benchmarking.decode import DecodeTiming, time_decoding
+from tfm.decoding.decoder import Decoder
+from tfm.model.flops import decode_step_flops, prefill_flops
+
+LENGTH = 6
+TIMING = DecodeTiming(length=LENGTH, steps=3, warmup=1)
+
+
+def timed_on(devices, tiny, make_peak, **more):
+    return time_decoding(tiny, devices, TIMING, make_peak(devices, jnp.dtype("float32")), **more)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def beams(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def timed(beams, tiny, make_peak):
+    return timed_on(jax.devices()[:1], tiny, make_peak, beams=beams, sentences=3)
+
+
+def test_rates_belong_to_the_search(timed):
+    seconds = timed["search_seconds_median"]
+    assert timed["sentences_per_second"] * seconds == pytest.approx(3)
+    assert timed["target_tokens_per_second"] * seconds == pytest.approx(3 * (LENGTH + 1))
+    assert timed["search_seconds_p10"] <= seconds <= timed["search_seconds_p90"]
+    assert timed["compile_seconds"] > timed["compile_backend_seconds"] > 0
+    assert (timed["rows_per_batch"], timed["row_padding"]) == (3, 0)
+
+
+def test_prefill_and_steps_make_up_the_search(tiny, make_peak, monkeypatch):
+    def times(full, empty, timing):
+        full(), empty()
+        return [0.9, 1.0, 1.1], [0.4, 0.4, 0.7]
+
+    monkeypatch.setattr(decode, "_timed", times)
+    timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert timed["step_seconds_median"] == pytest.approx((1.0 - 0.4) / LENGTH)
+    assert timed["prefill_seconds_median"] == pytest.approx(0.4 - 0.1)
+
+    monkeypatch.setattr(decode, "_timed", lambda *_: (times(*_)[0], [1.2]))  # lost in noise
+    timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert timed["step_seconds_median"] is timed["prefill_seconds_median"] is None
+
+
+def test_flops_are_the_formula_s_and_xla_s_are_near(timed, beams, tiny):
+    steps = (LENGTH + 1) * decode_step_flops(tiny.model, 100, 3, beams, LENGTH + 1, LENGTH + 1)
+    assert timed["model_flops"] == prefill_flops(tiny.model, 3, LENGTH + 1) + steps
+    assert 1.0 < timed["hardware_flops"] / timed["model_flops"] < 1.5
+    assert timed["mfu"] == pytest.approx(
+        timed["model_flops"] / timed["search_seconds_median"] / timed["matmul_peak_flops"]
+    )
+
+
+def test_the_searches_are_the_decoder_s(tiny, make_peak, monkeypatch):
+    """Warm-up, timed ones and the one that is looked at; on sentences and on padding in turn; one program for all."""
+    calls, decoders, search = [], set(), Decoder.decode
+
+    def recorded(self, bucket, sentences):
+        calls.append(len(sentences))
+        decoders.add(self)
+        return search(self, bucket, sentences)
+
+    monkeypatch.setattr(Decoder, "decode", recorded)
+    timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert calls == [3, 0] * 4 + [3]
+    (decoder,) = decoders
+    assert len(decoder.compile_seconds) == 1
+
+
+def test_padding_alone_is_one_step(tiny):
+    """That is what tells the prefill from the steps."""
+    from tfm.sharding import make_mesh
+
+    mesh = make_mesh(tiny.mesh, jax.devices()[:1])
+    for beams in (1, 2):
+        decoder, bucket = decode._decoder(tiny, mesh, LENGTH, beams, 3)
+        found = decoder.decode(bucket, [])
+        assert not found.lengths_BW.any()
+        assert found.tokens_BWT.shape[2] == LENGTH + 1
+        steps, step = [], decoder._step
+
+        def counted(*arguments, step=step, steps=steps):
+            jax.debug.callback(lambda: steps.append(1))
+            return step(*arguments)
+
+        decoder._step = counted
+        decoder._compiled.clear()
+        jax.block_until_ready(decoder.decode(bucket, []))
+        jax.effects_barrier()
+        assert len(steps) == 1
+        jax.block_until_ready(decoder.decode(bucket, [[4] * LENGTH + [1]]))
+        jax.effects_barrier()
+        assert len(steps) == 1 + LENGTH + 1
+
+
+def test_one_sentence_on_two_devices_needs_a_row_on_each(tiny, make_peak):
+    timed = timed_on(jax.devices()[:2], tiny, make_peak, beams=1, sentences=1)
+    assert (timed["sentences"], timed["rows_per_batch"], timed["row_padding"]) == (1, 2, 0.5)
+    assert timed["collectives"] == {}

@@ -1,0 +1,69 @@
+"""Stages of compilation, spreads of times, memory and collectives of a compiled program."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tfm.benchmarking import programs
+
+
+def test_a_program_compiled_in_stages_is_the_function():
+    compiled, seconds = programs.compiled_in_stages(jax.jit(lambda x: 2 * x), jnp.arange(3.0))
+    assert compiled(jnp.arange(3.0)).tolist() == [0, 2, 4]
+    assert seconds == programs.stage_seconds(*list(seconds.values())[1:])
+
+
+def test_spread_is_of_percentiles():
+    found = programs.spread("step", [float(n) for n in range(11)])
+    assert found == {"step_seconds_median": 5, "step_seconds_p10": 1, "step_seconds_p90": 9}
+
+
+def test_flops_are_those_of_the_products():
+    a = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    b = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+    assert programs.lowered_flops(jax.jit(jnp.matmul).lower(a, b)) == 2 * 8 * 16 * 4
+
+
+def test_what_cannot_be_counted_is_none():
+    def refuse():
+        raise NotImplementedError
+
+    assert programs.lowered_flops(types.SimpleNamespace(cost_analysis=refuse)) is None
+    assert programs.lowered_flops(types.SimpleNamespace(cost_analysis=lambda: {"flops": -1.0})) is None
+
+
+def test_collectives_are_counted_by_kind():
+    where = NamedSharding(Mesh(jax.devices()[:2], ("x",)), PartitionSpec("x"))
+    whole = NamedSharding(where.mesh, PartitionSpec())
+    compiled = jax.jit(jnp.sum, in_shardings=where, out_shardings=whole).lower(jnp.ones(8)).compile()
+    assert programs.collectives(compiled) == {"all-reduce": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("  %all-gather-start.1 = (f32[1]{0}, f32[2]{0}) all-gather-start(%p), dimensions={0}", "all-gather"),
+        ("  ROOT %x = (f32[1]{0}, f32[2]{0}) all-to-all(%p, %q)", "all-to-all"),
+        ("  %all-gather-done.1 = f32[2]{0} all-gather-done(%all-gather-start.1)", None),
+        ("  %add.1 = f32[2]{0} add(%all-reduce.1, %p)", None),
+    ],
+)
+def test_an_asynchronous_collective_counts_where_it_starts(line, kind):
+    found = programs.collectives(types.SimpleNamespace(as_text=lambda: line))
+    assert found == ({} if kind is None else {kind: 1})
+
+
+def test_memory_is_the_device_s_where_it_counts():
+    compiled, _ = programs.compiled_in_stages(jax.jit(lambda x: x + 1), jnp.ones(1024))
+    silent, counting, fuller = (
+        types.SimpleNamespace(memory_stats=lambda value=value: value)
+        for value in (None, {"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7})
+    )
+    found = programs.memory(compiled, [silent])
+    assert found["peak_device_memory_source"] == "program"
+    assert found["peak_device_memory_bytes"] == found["program_memory_bytes"] >= 8 * 1024
+    found = programs.memory(compiled, [counting, fuller])
+    assert (found["peak_device_memory_source"], found["peak_device_memory_bytes"]) == ("device", 7)

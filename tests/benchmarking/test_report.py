@@ -1,0 +1,40 @@
+"""Tables that line up, JSON that is written or refused."""
+
+import json
+
+import pytest
+
+from tfm.benchmarking.report import check_writable, profile_table, table, versions, write_json
+from tfm.config import InputError
+
+
+def test_a_table_has_a_line_for_each_point_and_only_what_there_is(point):
+    lines = table([point(), point(target_tokens_per_second=12345.6, mfu=None)]).split("\n")
+    assert len(lines) == 3
+    assert "target tokens/s" in lines[0] and "beam" not in lines[0]
+    assert "12,346" in lines[2] and "20.0" in lines[1]
+    assert " - " in lines[2]
+    ends = [line.index(text) + len(text) for line, text in zip(lines, ("tokens/s", "4,000", "12,346"), strict=True)]
+    assert len(set(ends)) == 1
+
+
+def test_the_table_of_a_profile():
+    text = profile_table([{"part": "decoder", "seconds": 0.0125, "share": 0.75, "operations": 3.0}])
+    assert text.split("\n")[1].split() == ["decoder", "12.500", "75.0", "3"]
+
+
+def test_json_goes_to_a_file_or_to_standard_output(tmp_path, capsys):
+    write_json({"mfu": 0.5}, str(tmp_path / "a.json"))
+    write_json({"mfu": 0.5}, "-")
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(capsys.readouterr().out) == {"mfu": 0.5}
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
+        write_json({}, str(tmp_path / "none" / "a.json"))
+    with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
+        check_writable(tmp_path / "none" / "a.json")
+
+
+def test_versions_are_of_what_decides_about_speed():
+    assert {"tfm", "python", "jax", "jaxlib", "numpy"} <= set(versions())

@@ -1,0 +1,102 @@
+"""Sweeps: which config each point has, and reports that can be reproduced."""
+
+import json
+
+import pytest
+
+from tfm.benchmarking.decode import DecodeTiming
+from tfm.benchmarking.sweep import Sweep, benchmark_decoding, benchmark_training, train_config
+from tfm.benchmarking.train import TrainTiming
+from tfm.config import ConfigError, InputError, from_dict
+
+
+def test_a_sweep_is_an_axis_and_its_values():
+    assert Sweep.parse("batch=32,64,32") == Sweep("batch", (32, 64))
+    assert Sweep.parse("devices=1, 2") == Sweep("devices", (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bach=1", "no axis 'bach'; did you mean batch?"),
+        ("depth=1", "there are batch, length, devices"),
+        ("batch", "expected whole numbers above 0, such as --sweep=batch=1,2,4"),
+        ("batch=1,x", "expected whole numbers"),
+        ("batch=0", "expected whole numbers"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(text, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        Sweep.parse(text)
+
+
+def test_the_config_of_each_point(tiny):
+    assert train_config(tiny, "batch", 3).rows_per_batch == 3
+    assert train_config(tiny, "devices", 4).rows_per_batch == 4 * tiny.rows_per_batch
+    longer = train_config(tiny, "length", 96)
+    assert (longer.data.source_row_length, longer.data.target_row_length, longer.rows_per_batch) == (96, 96, 4)
+    with pytest.raises(ConfigError, match="target_tokens_per_batch"):
+        train_config(tiny, "length", 1000)
+
+
+def test_a_training_report_says_how_to_make_it_again(tiny, make_peak):
+    argv = ["train", "--config=a b.py"]
+    report = benchmark_training(tiny, TrainTiming(steps=1, warmup=0), argv, devices=1, make_peak=make_peak)
+    assert report["benchmark"] == "train"
+    assert report["command"] == "tfm benchmark train '--config=a b.py'"
+    assert {"jax", "numpy", "python", "tfm"} <= set(report["versions"])
+    assert report["device"]["platform"] == "cpu"
+    (point,) = report["points"]
+    assert {key: report[key] for key in point} == point
+    assert {
+        "target_tokens_per_second",
+        "step_seconds_median",
+        "compile_seconds",
+        "mfu",
+        "matmul_peak_flops",
+    } <= set(report)
+    assert from_dict(json.loads(json.dumps(report))["config"]) == tiny
+
+
+def test_a_sweep_over_devices_keeps_the_rows_of_each(tiny, make_peak):
+    report = benchmark_training(
+        tiny, TrainTiming(steps=1, warmup=0), [], sweep=Sweep("devices", (1, 2)), make_peak=make_peak
+    )
+    assert report["sweep"] == {"axis": "devices", "values": [1, 2]}
+    assert [(point["devices"], point["rows_per_batch"]) for point in report["points"]] == [(1, 8), (2, 16)]
+    assert {one["devices"] for one in report["matmul_peaks"]} == {1, 2}
+
+
+def test_decoding_has_the_latency_of_one_and_the_throughput_of_many(tiny, make_peak):
+    timing = DecodeTiming(length=7, steps=1, warmup=1)
+    report = benchmark_decoding(tiny, timing, [], devices=1, make_peak=make_peak)
+    points = [(point["beam_size"], point["sentences"]) for point in report["points"]]
+    assert points == [(1, 1), (1, 4), (2, 1), (2, 4)]
+    assert report["latency_seconds_median"] == report["points"][2]["search_seconds_median"]
+    assert report["sentences_per_second"] == report["points"][3]["sentences_per_second"]
+
+
+def test_a_decoding_sweep_changes_one_thing(tiny, make_peak, monkeypatch):
+    seen = []
+
+    def timed(config, devices, timing, peak, *, beams, sentences):
+        seen.append((len(devices), timing.length, beams, sentences))
+        return {"beam_size": beams, "sentences": sentences, "search_seconds_median": 1.0, "sentences_per_second": 1.0}
+
+    monkeypatch.setattr("tfm.benchmarking.sweep.time_decoding", timed)
+    for sweep in (Sweep("batch", (2, 8)), Sweep("length", (3, 7)), Sweep("devices", (1, 2))):
+        benchmark_decoding(tiny, DecodeTiming(), [], beams=(1,), devices=1, sweep=sweep, make_peak=make_peak)
+    assert seen == [(1, 32, 1, 2), (1, 32, 1, 8), (1, 3, 1, 8), (1, 7, 1, 4), (1, 32, 1, 1), (2, 32, 1, 2)]
+
+
+@pytest.mark.parametrize(("counts", "message"), [({"steps": 0}, "--steps=0"), ({"warmup": -1}, "--warmup=-1")])
+def test_numbers_out_of_range_are_refused(tiny, counts, message):
+    with pytest.raises(InputError, match=message):
+        benchmark_training(tiny, TrainTiming(**counts), [])
+    with pytest.raises(InputError, match=message):
+        benchmark_decoding(tiny, DecodeTiming(**counts), [])
+
+
+def test_more_devices_than_there_are_is_refused(tiny):
+    with pytest.raises(ConfigError, match="99 devices are asked for, and there are 8"):
+        benchmark_training(tiny, TrainTiming(), [], devices=99)

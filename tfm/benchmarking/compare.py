@@ -1,0 +1,99 @@
+"""Two reports of the same benchmark, side by side: the ratio of each figure, and what else was different."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tfm.benchmarking.report import aligned
+from tfm.config import InputError
+
+# A point is one that the other report has, too, where all of these are the same.
+_IDENTITY = ("batch", "length", "devices", "beam_size", "sentences")
+_MEASURED = ("_seconds", "_seconds_median", "_seconds_p10", "_seconds_p90", "_per_second", "_bytes", "_utilisation")
+_MEASURED_NAMES = ("mfu", "mfu_of_published_peak", "matmul_peak_flops")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `tfm benchmark --json` wrote. Raises InputError where it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no JSON: {error}") from error
+    if not isinstance(values, dict) or "benchmark" not in values or not isinstance(values.get("points"), list):
+        raise InputError(f"{path}: no report of tfm benchmark: it has no `benchmark` and `points`")
+    return values
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The ratios second / first of every figure of every point that both reports have.
+
+    Returns:
+      {"differences": {name: [first, second]}, "points": [{"point": {…}, "figures": {name: {"first", "second",
+      "ratio"}}}]}; differences are of the device, the versions and the config.
+
+    Raises InputError where the two are not of the same benchmark, or have no point in common.
+    """
+    if first["benchmark"] != second["benchmark"]:
+        raise InputError(
+            f"one report is of benchmark {first['benchmark']} and the other of benchmark {second['benchmark']}: "
+            "compare two of the same"
+        )
+    others = {_identity(point): point for point in second["points"]}
+    pairs = [(point, others[_identity(point)]) for point in first["points"] if _identity(point) in others]
+    if not pairs and len(first["points"]) == len(second["points"]) == 1:
+        pairs = [(first["points"][0], second["points"][0])]
+    if not pairs:
+        raise InputError(
+            f"the reports have no point in common: {_points(first)} in the first, {_points(second)} in the second"
+        )
+    surroundings = ("device", "versions", "config")
+    ours, theirs = ({name: one.get(name, {}) for name in surroundings} for one in (first, second))
+    return {
+        "differences": dict(_differences(ours, theirs)),
+        "points": [{"point": dict(_identity(a)), "figures": _figures(a, b)} for a, b in pairs],
+    }
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """The comparison as text: what differs, then a table for each point."""
+    lines = [f"{name}: {a} -> {b}" for name, (a, b) in comparison["differences"].items()]
+    for point in comparison["points"]:
+        lines += ["", ", ".join(f"{name} {value}" for name, value in point["point"].items())]
+        rows = [["", "first", "second", "ratio"]]
+        for name, figure in point["figures"].items():
+            ratio = "-" if figure["ratio"] is None else f"{figure['ratio']:.3f}"
+            rows.append([name, f"{figure['first']:.5g}", f"{figure['second']:.5g}", ratio])
+        lines.append(aligned(rows, left=1))
+    return "\n".join(lines).lstrip("\n")
+
+
+def _identity(point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, point[name]) for name in _IDENTITY if name in point)
+
+
+def _points(report: Mapping[str, Any]) -> str:
+    return "; ".join(" ".join(f"{name}={value}" for name, value in _identity(point)) for point in report["points"])
+
+
+def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    figures = {}
+    for name, value in first.items():
+        if not (name.endswith(_MEASURED) or name in _MEASURED_NAMES):
+            continue
+        other = second.get(name)
+        if isinstance(value, (int, float)) and isinstance(other, (int, float)):
+            figures[name] = {"first": value, "second": other, "ratio": other / value if value else None}
+    return figures
+
+
+def _differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, list[Any]]]:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in dict.fromkeys([*first, *second]):
+            yield from _differences(first.get(key), second.get(key), f"{name}.{key}" if name else key)
+    elif first != second:
+        yield name, [first, second]

@@ -1,0 +1,136 @@
+"""Where the time goes: a trace of a compiled program, and its operations summed up by the part of the model they serve.
+
+The trace itself can be looked at with TensorBoard or Perfetto. The table is read off it: a profiler names the operation
+of the compiled program, and the program says which part of the model (`op_name`, the path of JAX's transformations and
+Flax's modules) an operation was made of.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tfm.config import InputError
+
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (?:\([^=]*?\)|\S+) ([\w-]+)\(")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# Their events last as long as those of what they hold, which are in the trace by themselves.
+_CONTAINERS = {"while", "conditional", "call"}
+# Of an op_name: a module has a plain name, its method comes after a dot, and transformations have parentheses.
+_MODULE = re.compile(r"\w+")
+# The scan over layers, whose modules all have the same name, and the control flow that JAX puts in.
+_NO_PART = {
+    "Transformer",
+    "layers",
+    "while",
+    "body",
+    "cond",
+    "closed_call",
+    "shard_map",
+    "checkpoint",
+    "rematted_computation",
+}
+_DEPTH = 2  # decoder/cross_attention
+_ROWS = 24
+
+
+def profiled(
+    directory: Path, compiled: jax.stages.Compiled, run: Callable[[], Any], count: int, elsewhere: str
+) -> list[dict[str, float | str]]:
+    """Traces `count` runs of a compiled program into `directory`; the table of `time_by_part`.
+
+    Raises InputError where nothing can be written there.
+    """
+    before = set(directory.rglob("*.xplane.pb")) if directory.is_dir() else set()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--profile={directory}: cannot be written: {error.strerror}") from error
+    with jax.profiler.trace(str(directory)):
+        for _ in range(count):
+            jax.block_until_ready(run())
+    traces = sorted(set(directory.rglob("*.xplane.pb")) - before)
+    if not traces:
+        raise InputError(f"--profile={directory}: the profiler wrote no trace there; name an empty directory")
+    return time_by_part(_durations(traces[-1]), compiled.as_text(), count, elsewhere)
+
+
+def time_by_part(
+    durations: Mapping[str, tuple[float, int]], program: str, runs: int, elsewhere: str
+) -> list[dict[str, float | str]]:
+    """Operations summed up by part of the model and direction, the longest first; the last row is all others.
+
+    Args:
+      durations: seconds and events of each name in the trace; those that are no operation of the program are left out.
+      program: text of the compiled program.
+      runs: that the trace holds; times are those of one.
+      elsewhere: what is said of operations outside the model.
+    """
+    parts = _parts_of(program, elsewhere)
+    seconds: dict[str, float] = collections.Counter()
+    events: dict[str, int] = collections.Counter()
+    for name, (duration, number) in durations.items():
+        if name in parts:
+            seconds[parts[name]] += duration / runs
+            events[parts[name]] += number
+    total = sum(seconds.values())
+    ordered = sorted(seconds, key=seconds.__getitem__, reverse=True)
+    table = [
+        {"part": part, "seconds": seconds[part], "share": seconds[part] / total, "operations": events[part] / runs}
+        for part in ordered[:_ROWS]
+    ]
+    if rest := ordered[_ROWS:]:
+        others = sum(seconds[part] for part in rest)
+        number = sum(events[part] for part in rest)
+        table.append({"part": "all others", "seconds": others, "share": others / total, "operations": number / runs})
+    return table
+
+
+def _durations(trace: Path) -> dict[str, tuple[float, int]]:
+    """Seconds and number of the events of a trace by name, those of a device's operations by the operation's."""
+    found: dict[str, tuple[float, int]] = {}
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                name = operation_of(plane.name, event.name, event.stats)
+                seconds, number = found.get(name, (0.0, 0))
+                found[name] = (seconds + event.duration_ns / 1e9, number + 1)
+    return found
+
+
+def operation_of(plane: str, event: str, stats: Iterable[tuple[str, Any]]) -> str:
+    """The operation of the compiled program that an event of a trace is one of, or is a part of.
+
+    A GPU's event is a kernel, which says of which operation; a CPU's is the operation, and a TPU's may be the whole
+    instruction.
+    """
+    if plane.startswith("/device:GPU"):
+        event = str(next((value for key, value in stats if key == "hlo_op"), event))
+    return event.removeprefix("%").partition(" = ")[0]
+
+
+def _parts_of(program: str, elsewhere: str) -> dict[str, str]:
+    """The part of the model that each operation of a compiled program serves, but for those that hold others."""
+    parts = {}
+    for line in program.split("\n"):
+        instruction = _INSTRUCTION.match(line)
+        if instruction and instruction[2] not in _CONTAINERS:
+            op_name = _OP_NAME.search(line)
+            parts[instruction[1]] = part_of(op_name[1], elsewhere) if op_name else f"{instruction[2]}, of no known part"
+    return parts
+
+
+def part_of(op_name: str, elsewhere: str = "update") -> str:
+    """`jit(_train_step)/transpose(jvp(Transformer))/…/decoder/…/cross_attention/query/dot_general` as
+    `decoder/cross_attention, backward`; what stands in no module is the loss where it has a gradient, or else
+    `elsewhere`.
+    """
+    steps = [step.partition(".")[0] for step in op_name.split("/")[:-1]]
+    modules = dict.fromkeys(step for step in steps if _MODULE.fullmatch(step) and step not in _NO_PART)
+    part = "/".join(list(modules)[:_DEPTH]) or ("loss" if "jvp(" in op_name else elsewhere)
+    return f"{part}, backward" if "transpose(" in op_name else part

@@ -1,0 +1,95 @@
+"""Compiled programs: the seconds of each stage of compilation, of runs with the device waited for, and their memory."""
+
+from __future__ import annotations
+
+import collections
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+# As `compiled.as_text()` writes an instruction: `%name = shape kind(operands)`; asynchronous ones end in -start.
+_COLLECTIVE = re.compile(
+    r" = .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+def compiled_in_stages(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """A jitted function compiled ahead of time for arguments like these, and the seconds that each stage took."""
+    start = time.perf_counter()
+    traced = function.trace(*arguments)
+    after_trace = time.perf_counter()
+    lowered = traced.lower()
+    after_lower = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    return compiled, stage_seconds(after_trace - start, after_lower - after_trace, end - after_lower)
+
+
+def stage_seconds(trace: float, lower: float, compile: float) -> dict[str, float]:
+    """The three stages as a report has them; `compile_seconds` is all of them together."""
+    return {
+        "compile_seconds": trace + lower + compile,
+        "compile_trace_seconds": trace,
+        "compile_lower_seconds": lower,
+        "compile_backend_seconds": compile,
+    }
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call, its results on the device waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def spread(name: str, seconds: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of times, as `{name}_seconds_median` and so on."""
+    p10, median, p90 = np.percentile(seconds, [10, 50, 90]).tolist()
+    return {f"{name}_seconds_median": median, f"{name}_seconds_p10": p10, f"{name}_seconds_p90": p90}
+
+
+def lowered_flops(lowered: jax.stages.Lowered) -> float | None:
+    """FLOPs that XLA counts in a program before it optimises it, over all devices; None where it cannot.
+
+    XLA counts the body of a loop once, however often it runs: the program should have none.
+    """
+    try:
+        analysis = lowered.cost_analysis()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
+    flops = (analysis or {}).get("flops")
+    return None if flops is None or flops < 0 else float(flops)
+
+
+def memory(compiled: jax.stages.Compiled, devices: list[Any]) -> dict[str, Any]:
+    """Peak bytes on the fullest device, and who says so.
+
+    "device": what its allocator has seen at most since the process began. "program": where the device does not count
+    (a CPU), the arguments, results and temporary buffers of the compiled program, those that share memory once.
+    """
+    analysis = compiled.memory_analysis()
+    program = None
+    if analysis is not None:
+        program = (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            + analysis.temp_size_in_bytes
+            - analysis.alias_size_in_bytes
+        )
+    statistics = [device.memory_stats() or {} for device in devices]
+    peaks = [each["peak_bytes_in_use"] for each in statistics if "peak_bytes_in_use" in each]
+    return {
+        "peak_device_memory_bytes": max(peaks) if peaks else program,
+        "peak_device_memory_source": "device" if peaks else "program",
+        "program_memory_bytes": program,
+    }
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Collectives of a compiled program by kind, {"all-reduce": 3}; one in a loop counts once."""
+    found = (_COLLECTIVE.search(line) for line in compiled.as_text().split("\n"))
+    return dict(sorted(collections.Counter(match[1] for match in found if match).items()))

@@ -1,0 +1,164 @@
+"""A benchmark's report: what was measured, and all that is needed to measure it again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tfm import __version__
+from tfm.benchmarking.peak import MatmulPeak
+from tfm.config import Config, InputError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+_ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS")
+
+# What a table shows of a point: its key, a heading, how many of the unit make one of the table's, digits.
+_COLUMNS = (
+    ("devices", "devices", 1, 0),
+    ("beam_size", "beam", 1, 0),
+    ("sentences", "sentences", 1, 0),
+    ("rows_per_batch", "rows", 1, 0),
+    ("source_row_length", "source", 1, 0),
+    ("target_row_length", "target", 1, 0),
+    ("source_length", "source", 1, 0),
+    ("target_length", "target", 1, 0),
+    ("compile_seconds", "compile s", 1, 1),
+    ("search_seconds_median", "search ms", 1e-3, 1),
+    ("prefill_seconds_median", "prefill ms", 1e-3, 1),
+    ("step_seconds_median", "step ms", 1e-3, 2),
+    ("sentences_per_second", "sentences/s", 1, 1),
+    ("target_tokens_per_second", "target tokens/s", 1, 0),
+    ("model_flops_per_second", "model TFLOP/s", 1e12, 3),
+    ("mfu", "MFU %", 1e-2, 1),
+    ("peak_device_memory_bytes", "memory MiB", 2**20, 0),
+)
+
+
+def report(
+    kind: str, config: Config, argv: Sequence[str], peaks: Sequence[MatmulPeak], points: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The report of `tfm benchmark KIND`: surroundings, peaks, and `points`; a single point stands at the top as well.
+
+    Args:
+      kind: "train" or "decode".
+      config: as it was given; what a sweep changes stands in the points.
+      argv: what was typed after `tfm benchmark`.
+      peaks: one for each number of devices.
+      points: the results; the last one is the one of most interest.
+    """
+    best = max(peaks, key=lambda peak: peak.flops)
+    return {
+        "benchmark": kind,
+        "command": shlex.join(["tfm", "benchmark", *argv]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "device": device(best.devices[0]),
+        "matmul_peak_flops": best.flops,
+        "matmul_peaks": [{"devices": len(peak.devices), **one} for peak in peaks for one in peak.measured],
+        **points[-1],
+        "points": list(points),
+        "config": config.to_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of tfm, of Python, and of the packages that decide about speed, where they are installed."""
+    found = {"tfm": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device(one: Any) -> dict[str, Any]:
+    """What the devices are, what they are part of, and the environment variables that change what they do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device_kind": one.device_kind,
+        "platform": one.platform,
+        "devices_present": jax.device_count(),
+        "processes": jax.process_count(),
+        "host_processor": _processor(),
+        "host_cores": cores,
+        "host_system": platform.platform(),
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def table(points: Sequence[Mapping[str, Any]]) -> str:
+    """The points as a table, a line each."""
+    columns = [column for column in _COLUMNS if any(point.get(column[0]) is not None for point in points)]
+    rows = [[heading for _, heading, _, _ in columns]]
+    for point in points:
+        rows.append([_cell(point.get(key), unit, digits) for key, _, unit, digits in columns])
+    return aligned(rows)
+
+
+def profile_table(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Where the time of one run goes, as a table."""
+    rows = [["part", "ms", "share %", "operations"]]
+    for part in parts:
+        rows.append(
+            [
+                str(part["part"]),
+                _cell(part["seconds"], 1e-3, 3),
+                _cell(part["share"], 1e-2, 1),
+                _cell(part["operations"], 1, 0),
+            ]
+        )
+    return aligned(rows, left=1)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Rows of cells as lines; the first `left` columns begin at their left edge, all others end at their right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, unit: float, digits: int) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_json(values: Any, where: str) -> None:
+    """Writes JSON to a file, or to standard output for `-`. Raises InputError naming a file that cannot be written."""
+    text = json.dumps(values, indent=2, allow_nan=False, default=str) + "\n"
+    if where == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(where).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{where}: cannot be written: {error.strerror}") from error

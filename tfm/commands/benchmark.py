@@ -1,0 +1,163 @@
+"""Time training steps or translations as compiled, sweep a setting, profile, or compare two reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from tfm.commands.options import parse
+from tfm.config import Config, InputError
+
+_log = logging.getLogger(__name__)
+
+_KINDS = ("train", "decode", "compare")
+_COMPARE_USAGE = "tfm benchmark compare FIRST.json SECOND.json [--json=F]"
+_USAGE = f"""usage: tfm benchmark train  --config=NAME [OPTIONS]
+       tfm benchmark decode --config=NAME [OPTIONS]
+       {_COMPARE_USAGE}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Both:
+    """Options of `benchmark train` and `benchmark decode`."""
+
+    config: str | None = None
+    """Name of a shipped config, or the path of a .py file with get_config()."""
+    json: str | None = None
+    """File for the report as JSON; - is standard output."""
+    sweep: str | None = None
+    """Several points along batch, length or devices, such as batch=32,64,128."""
+    picture: Path | None = None
+    """File for the picture of a sweep, a PNG; beside the JSON file if unset."""
+    profile: Path | None = None
+    """Directory for a trace of a few runs, of which a table shows where the time goes."""
+    devices: int | None = None
+    """Devices to use, simulated ones on a CPU; all of them if unset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(_Both):
+    """Time the compiled training step over packed batches, and say how much of the devices it uses."""
+
+    lengths: Literal["full", "natural", "corpus"] = "natural"
+    """Sentence pairs: each fills a row; random ones of lengths like those of news; or those of the config's corpus,
+    read from data.store or prepared anew."""
+    pipeline: bool = False
+    """Read batches ahead beside the steps, as training does, in place of going round over a few of them."""
+    steps: int = 20
+    """Steps that are timed."""
+    warmup: int = 3
+    """Steps before them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeArguments(_Both):
+    """Time compiled searches, with prefill and step apart: the latency of one sentence, the throughput of many."""
+
+    length: int = 32
+    """Tokens of each source sentence and of each translation."""
+    beams: tuple[int, ...] | None = None
+    """Beam sizes; greedy search and decoding.beam_size if unset."""
+    batches: tuple[int, ...] | None = None
+    """Sentences translated at once; 1 and as many as decoding.tokens_per_batch has room for, if unset."""
+    steps: int = 10
+    """Searches that are timed."""
+    warmup: int = 2
+    """Searches before them."""
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        parse("benchmark train", ["--help"], TrainArguments)
+    if not argv or argv[0] not in _KINDS:
+        given = argv[0] if argv else "nothing"
+        near = difflib.get_close_matches(given, _KINDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_KINDS)}, before all options"
+        raise InputError(f"{given}: nothing to benchmark; {hint}")
+    if argv[0] == "compare":
+        return _compare(argv[1:])
+    kind = TrainArguments if argv[0] == "train" else DecodeArguments
+    arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
+    from tfm.benchmarking.report import check_writable, profile_table, table, write_json
+    from tfm.benchmarking.sweep import Sweep
+
+    sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)
+    picture = _picture(arguments)
+    for path in (None if arguments.json in (None, "-") else Path(arguments.json), picture):
+        if path is not None:
+            check_writable(path)
+    report = _measured(arguments, config, sweep, argv)
+    if arguments.json is not None:
+        write_json(report, arguments.json)
+    if picture is not None:
+        from tfm.benchmarking.picture import draw
+
+        draw(report, picture)
+    if arguments.json != "-":
+        print(table(report["points"]))
+        for point in report["points"]:
+            if "profile" in point:
+                print(f"\nWhere the time of one run goes\n{table([point])}\n\n{profile_table(point['profile'])}")
+    return 0
+
+
+def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str]) -> dict[str, Any]:
+    from tfm.benchmarking.decode import DecodeTiming
+    from tfm.benchmarking.sweep import benchmark_decoding, benchmark_training
+    from tfm.benchmarking.train import TrainTiming
+
+    if isinstance(arguments, TrainArguments):
+        timing = TrainTiming(
+            arguments.lengths, arguments.pipeline, arguments.steps, arguments.warmup, arguments.profile
+        )
+        return benchmark_training(config, timing, argv, devices=arguments.devices, sweep=sweep)
+    timing = DecodeTiming(arguments.length, arguments.steps, arguments.warmup, arguments.profile)
+    return benchmark_decoding(
+        config,
+        timing,
+        argv,
+        beams=arguments.beams,
+        batches=arguments.batches,
+        devices=arguments.devices,
+        sweep=sweep,
+    )
+
+
+def _picture(arguments: _Both) -> Path | None:
+    """Where the picture goes. Raises InputError where there is no sweep to draw."""
+    if arguments.sweep is None:
+        if arguments.picture is not None:
+            raise InputError("--picture: only a sweep is drawn; add --sweep, such as --sweep=batch=32,64,128")
+        return None
+    if arguments.picture is None and arguments.json not in (None, "-"):
+        return Path(arguments.json).with_suffix(".png")
+    return arguments.picture
+
+
+def _compare(argv: list[str]) -> int:
+    options = [token for token in argv if token.startswith("-")]
+    files = [token for token in argv if not token.startswith("-")]
+    where = None
+    for option in options:
+        if not option.startswith("--json=") or option == "--json=":
+            if option in ("-h", "--help"):
+                print(f"usage: {_COMPARE_USAGE}")
+                return 0
+            raise InputError(f"{option}: unknown option; usage: {_COMPARE_USAGE}")
+        where = option.removeprefix("--json=")
+    if len(files) != 2:
+        raise InputError(f"{len(files)} reports are given, and two are compared; usage: {_COMPARE_USAGE}")
+    from tfm.benchmarking.compare import compare, comparison_table, read_report
+    from tfm.benchmarking.report import write_json
+
+    comparison = compare(*(read_report(Path(file)) for file in files))
+    if where is not None:
+        write_json(comparison, where)
+    if where != "-":
+        print(comparison_table(comparison))
+    return 0
