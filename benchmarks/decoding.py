@@ -175,6 +175,15 @@ def marian_search(sentences: np.ndarray, beam: int, threads: int) -> Batch:
     return run
 
 
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=1000)
@@ -190,7 +199,13 @@ def main() -> None:
     # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
-    report = {"what": vars(arguments), "python": platform.python_version(), "cpu": platform.processor(), "results": []}
+    report = {
+        "what": vars(arguments),
+        "python": platform.python_version(),
+        "cpu": processor(),
+        "command": " ".join(sys.argv),
+        "results": [],
+    }
     report["versions"] = {
         name: importlib.metadata.version(name)
         for name in ("jax", "ctranslate2", "transformers", "torch")
