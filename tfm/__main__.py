@@ -15,7 +15,7 @@ from pathlib import Path
 from tfm import __version__
 from tfm.config import InputError
 
-COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "demo")
+COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "plan", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from tfm import sharding
 from tfm.planning.hlo import Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -57,7 +59,9 @@ def collectives_of(program: Program, devices: int) -> list[Collective]:
         size = float(computation.operand_bytes(instruction))
         if kind == "all-gather":
             size *= len(group)
-        if kind == "all-reduce" and "reduce-scatter" in computation.name.replace("all-reduce-scatter", "reduce-scatter"):
+        if kind == "all-reduce" and "reduce-scatter" in computation.name.replace(
+            "all-reduce-scatter", "reduce-scatter"
+        ):
             kind = "reduce-scatter"
         found.append(Collective(kind, times, size, group))
     return found
@@ -92,31 +96,31 @@ def _group(kind: str, attributes: str, devices: int) -> tuple[int, ...]:
     return tuple(int(device) for device in ids.reshape(shape)[0])
 
 
-def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, compute_bytes: int) -> dict[str, float]:
-    """Bytes a step by kind, by formula, of a mesh without a `tensor` axis; scalars, such as the loss, are left out.
+def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, dtype: Any) -> dict[str, float]:
+    """Bytes a step by kind, by formula, where only the batch axes split anything; scalars, such as the loss, left out.
 
-    Gradients are float32 and are summed over the batch once a micro-batch. With data parallelism alone that is one
-    all-reduce of all of them. Over fsdp, a parameter that is split is gathered in the compute dtype for the forward
-    pass and again for the backward pass, and its gradient is summed and cut by a reduce-scatter; what is left of it is
-    all-reduced over `data`. What is not split over fsdp is all-reduced over both.
+    The gradient of a weight has the dtype of the matrix product that it comes from; those of tables, biases and norms
+    are float32. They are summed over the batch once a micro-batch. A parameter that is whole on every device has its
+    gradient all-reduced. One that is split (fsdp) is gathered in the compute dtype for the forward pass and again for
+    the backward pass, and its gradient is summed and cut by a reduce-scatter, and what is left of it is all-reduced
+    over the other batch axis.
 
     Raises:
-      ValueError: a mesh with a `tensor` axis.
+      ValueError: a mesh that splits more than the batch.
     """
-    if mesh.shape["tensor"] > 1:
-        raise ValueError("the formula knows no tensor axis")
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    shards = sharding.batch_shards(mesh)
+    if shards != mesh.size:
+        raise ValueError("the formula is one of the batch axes alone")
     found = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter"), 0.0)
-    for leaf, where in zip(jax.tree.leaves(parameters), jax.tree.leaves(shardings), strict=True):
-        if fsdp > 1 and _is_split(where.spec, "fsdp"):
-            found["all-gather"] += 2.0 * compute_bytes * leaf.size * micro_batches
-            found["reduce-scatter"] += 4.0 * leaf.size * micro_batches
-            if data > 1:
-                found["all-reduce"] += 4.0 * leaf.size / fsdp * micro_batches
-        elif data * fsdp > 1:
-            found["all-reduce"] += 4.0 * leaf.size * micro_batches
+    for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
+    ):
+        is_weight = getattr(path[-1], "key", None) == "kernel"
+        size = leaf.size * (jnp.dtype(dtype).itemsize if is_weight else 4.0) * micro_batches
+        parts = leaf.size // math.prod(where.shard_shape(leaf.shape))
+        if parts > 1:
+            found["all-gather"] += 2.0 * size
+            found["reduce-scatter"] += size
+        if shards > parts:
+            found["all-reduce"] += size / parts
     return {kind: size for kind, size in found.items() if size}
-
-
-def _is_split(spec: PartitionSpec, axis: str) -> bool:
-    return any(axis in ((part,) if isinstance(part, str) else part or ()) for part in spec)

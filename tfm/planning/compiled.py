@@ -18,6 +18,7 @@ from tfm.model import transformer
 from tfm.model.dropout import dropout_key
 from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
 from tfm.planning.collectives import Collective, collectives_of
+from tfm.planning.costs import bytes_accessed, product_flops
 from tfm.planning.hlo import Program
 from tfm.training.step import Trainer
 
@@ -37,7 +38,8 @@ class Counts:
     """What one execution of a compiled program does on one chip, loops counted as often as they turn."""
 
     flops: float
-    bytes_accessed: float
+    bytes_accessed: float  # as XLA counts them: in all memories, copies from one to the other included
+    main_memory_bytes: float  # read from and written to the chip's main memory
     collectives: tuple[Collective, ...]
     calls_without_cost: int  # custom calls that don't declare their cost, and so count for nothing
     unknown_loops: int  # loops of which the program doesn't say how often they turn, and that are counted once
@@ -64,25 +66,16 @@ class DecodeStep:
     compiled: Compiled
 
 
-def trainer_for(config: Config, mesh: Mesh, *, unrolled: bool = False) -> Trainer:
-    """The trainer of a config whose vocabulary has `data.vocab_size` pieces.
-
-    Args:
-      config: the run.
-      mesh: of devices that need not be there.
-      unrolled: with all layers side by side, and the loss in one piece: a program in which hardly anything is a loop.
+def trainer_for(config: Config, mesh: Mesh) -> Trainer:
+    """The trainer of a config whose vocabulary has `data.vocab_size` pieces, on devices that need not be there.
 
     Raises:
       ConfigError: rows or parameters that the mesh does not divide.
     """
     training = config.training
-    layers = max(config.model.encoder_layers, config.model.decoder_layers) if unrolled else training.unroll_layers
     dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
-    model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, layers)
-    trainer = Trainer(config, model, mesh)
-    if unrolled:
-        trainer.logits_per_chunk = 2**62
-    return trainer
+    model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, training.unroll_layers)
+    return Trainer(config, model, mesh)
 
 
 def compile_train_step(trainer: Trainer) -> Compiled:
@@ -213,8 +206,8 @@ def counts_of(compiled: Any, devices: int) -> Counts:
     """
     cost = compiled.cost_analysis()
     program = Program(compiled.as_text())
-    flops_once, flops = program.flops()
-    bytes_once, bytes_accessed = program.bytes_accessed()
+    flops_once, flops = product_flops(program)
+    bytes_once, all_bytes = bytes_accessed(program)
     collectives = tuple(collectives_of(program, devices))
     calls = [
         instruction
@@ -225,7 +218,8 @@ def counts_of(compiled: Any, devices: int) -> Counts:
     ]
     return Counts(
         cost.get("flops", 0.0) * (flops / flops_once if flops_once else 1.0),
-        cost.get("bytes accessed", 0.0) * (bytes_accessed / bytes_once if bytes_once else 1.0),
+        cost.get("bytes accessed", 0.0) * (all_bytes / bytes_once if bytes_once else 1.0),
+        bytes_accessed(program, in_main_memory=True)[1],
         collectives,
         len(calls),
         program.unknown_trips,

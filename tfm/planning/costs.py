@@ -13,10 +13,8 @@ from collections.abc import Callable
 from tfm.planning.hlo import Computation, Instruction, Program, arrays, dimensions, shape_bytes
 
 # What only names, views or frames other instructions, and moves no data by itself.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id iota "
-    "opt-barrier async-start async-update".split()
-)
+_NAMING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "iota"}
+_FRAMING = {"while", "conditional", "call", "after-all", "opt-barrier", "async-start", "async-update"}
 
 
 def product_flops(program: Program) -> tuple[float, float]:
@@ -54,7 +52,7 @@ def moved_bytes(
         return shape_bytes(shape, in_main_memory=in_main_memory)
 
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done") or "Bitcast" in instruction.attributes:
+    if opcode in _NAMING | _FRAMING or opcode.endswith("-done") or "Bitcast" in instruction.attributes:
         return 0.0
     shapes = {name: computation.instructions[name].shape for name in instruction.operands}
     if opcode in ("copy-start", "slice-start"):  # a tuple of two arrays and a flag; as much is read as is written
@@ -71,9 +69,7 @@ def moved_bytes(
     return float(size(instruction.shape) + sum(size(shapes[name]) for name in instruction.operands))
 
 
-def _fusion_bytes(
-    program: Program, fusion: Instruction, shapes: dict[str, str], size: Callable[[str], int]
-) -> float:
+def _fusion_bytes(program: Program, fusion: Instruction, shapes: dict[str, str], size: Callable[[str], int]) -> float:
     """Of a fusion: what it takes of its operands, and what it writes."""
     inner = _fused(program, fusion)
     total = 0.0

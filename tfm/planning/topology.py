@@ -70,11 +70,13 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def _keep_off_the_network() -> None:
-    """Without these, libtpu asks the metadata server of a cloud machine, for minutes where there is none.
-
-    Nothing is changed on a machine that has TPUs of its own, whose settings these are.
-    """
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    """Without these, libtpu asks the metadata server of a cloud machine, and complains where there is none."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }.items():
         os.environ.setdefault(name, value)
 
 
