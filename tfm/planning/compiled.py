@@ -18,7 +18,7 @@ from tfm.model import transformer
 from tfm.model.dropout import dropout_key
 from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
 from tfm.planning.collectives import Collective, collectives_of
-from tfm.planning.costs import bytes_accessed, product_flops
+from tfm.planning.costs import all_flops, bytes_accessed
 from tfm.planning.hlo import Program
 from tfm.training.step import Trainer
 
@@ -102,17 +102,20 @@ def activation_bytes(trainer: Trainer) -> float:
     """
     config = trainer.config
     rows = config.rows_per_batch // config.training.gradient_accumulation
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), abstract_batch(trainer))
 
     def backward(parameters: Any, batch: Batch) -> Any:
         key = dropout_key(config.training.seed, jnp.zeros((), jnp.int32), batch.rows)
         smoothing = config.training.label_smoothing
         return jax.vjp(lambda p: trainer.sums(p, batch, key, smoothing).loss, parameters)[1]
 
-    with jax.set_mesh(trainer.mesh):
-        kept = jax.tree.leaves(jax.eval_shape(backward, trainer.abstract_state.parameters, batch))
-    of_rows = [leaf for leaf in kept if rows in leaf.shape[:2]]  # the rest are parameters; layers may come first
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in of_rows) / sharding.batch_shards(trainer.mesh)
+    def kept_of(rows: int) -> int:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), abstract_batch(trainer))
+        with jax.set_mesh(trainer.mesh):
+            kept = jax.tree.leaves(jax.eval_shape(backward, trainer.abstract_state.parameters, batch))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+    # Parameters are kept as well, and are the same for twice the rows.
+    return float(kept_of(2 * rows) - kept_of(rows)) / sharding.batch_shards(trainer.mesh)
 
 
 def compile_decode_step(config: Config, mesh: Mesh) -> DecodeStep:
@@ -201,12 +204,12 @@ def _compiled(lowered: Any, devices: int) -> Compiled:
 def counts_of(compiled: Any, devices: int) -> Counts:
     """XLA's cost analysis of a compiled program, with what its loops leave out.
 
-    That analysis counts the body of a loop once. How much that leaves out is found in the program's text, where matrix
-    products and operands can be counted both ways; XLA's figures are raised by these two ratios.
+    That analysis counts the body of a loop once. How much that leaves out is found in the program's text, where
+    operations and operands can be counted both ways; XLA's figures are raised by these two ratios.
     """
     cost = compiled.cost_analysis()
     program = Program(compiled.as_text())
-    flops_once, flops = product_flops(program)
+    flops_once, flops = all_flops(program)
     bytes_once, all_bytes = bytes_accessed(program)
     collectives = tuple(collectives_of(program, devices))
     calls = [

@@ -17,11 +17,43 @@ _NAMING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "pa
 _FRAMING = {"while", "conditional", "call", "after-all", "opt-barrier", "async-start", "async-update"}
 
 
+# One FLOP an element of the result, as XLA counts them; integers, too.
+_ELEMENTWISE = {
+    "add",
+    "subtract",
+    "multiply",
+    "divide",
+    "negate",
+    "maximum",
+    "minimum",
+    "abs",
+    "and",
+    "or",
+    "xor",
+    "not",
+}
+_ELEMENTWISE |= {"compare", "select", "convert", "clamp", "shift-left", "shift-right-logical", "floor", "round", "sign"}
+
+
 def product_flops(program: Program) -> tuple[float, float]:
     """FLOPs of all matrix products: each loop body once, and each as often as it is executed."""
+    return _flops(program, elementwise=False)
+
+
+def all_flops(program: Program) -> tuple[float, float]:
+    """The same with those of elementwise operations and of sums: nearly what XLA counts."""
+    return _flops(program, elementwise=True)
+
+
+def _flops(program: Program, *, elementwise: bool) -> tuple[float, float]:
     once = total = 0.0
     for computation, instruction, times, _ in program.executed():
         flops = _product_flops(computation, instruction)
+        if elementwise and instruction.opcode in _ELEMENTWISE:
+            flops += math.prod(dimensions(instruction.shape))
+        elif elementwise and instruction.opcode in ("reduce", "reduce-window"):
+            summed = math.prod(dimensions(computation.instructions[instruction.operands[0]].shape))
+            flops += max(0, summed - math.prod(dimensions(instruction.shape)))
         once, total = once + flops, total + flops * times
     return once, total
 

@@ -11,7 +11,9 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0, 
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
-_CALLED = re.compile(r"\b(calls|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 
 
@@ -58,15 +60,13 @@ class Program:
                 current[instruction.name] = instruction
         if not self.entry:
             raise ValueError("not the text of an HLO module: it has no ENTRY computation")
-        self.unknown_trips = 0
-        """Loops whose trip count the program doesn't say; their bodies are counted once."""
+        self._unknown: set[str] = set()
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, int, bool]]:
         """Every instruction with its computation, how often it is executed, and whether it is part of a fusion.
 
         Of a conditional, each branch is counted: the result is then an upper bound.
         """
-        self.unknown_trips = 0
         waiting = [(self.entry, 1, False)]
         while waiting:
             name, times, fused = waiting.pop()
@@ -76,12 +76,19 @@ class Program:
                 if instruction.opcode in ("async-done", "async-update"):  # names what its start has called
                     continue
                 for role, names in _CALLED.findall(instruction.attributes):
+                    if role == "to_apply" and instruction.opcode != "call":  # what a reduction does to two numbers
+                        continue
                     inner = times
                     if role in ("body", "condition"):
                         inner *= self._trips(instruction) + (role == "condition")
                     for called in re.findall(r"[\w.\-]+", names):
                         if called in self.computations:
                             waiting.append((called, inner, fused or instruction.opcode == "fusion"))
+
+    @property
+    def unknown_trips(self) -> int:
+        """Loops that don't say how often they turn, of those `executed` came by; their bodies are counted once."""
+        return len(self._unknown)
 
     def _trips(self, loop: Instruction) -> int:
         """Trip count of a loop: as the compiler notes it, or the constant that the condition compares with."""
@@ -97,7 +104,7 @@ class Program:
         ]
         if len(limits) == 1:
             return limits[0]
-        self.unknown_trips += 1
+        self._unknown.add(loop.name)
         return 1
 
 

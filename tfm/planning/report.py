@@ -44,7 +44,7 @@ def _value(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if value is None or isinstance(value, str):
         return "-" if value is None else value
-    if "seconds" in name.split("_")[-3:] and "second" not in name.split("_"):
+    if "seconds" in name:
         return f"{value * 1e3:,.3f} ms"
     if "per_second" in name:
         return f"{value:,.0f}"
