@@ -8,7 +8,7 @@ from tfm import sharding
 from tfm.config import MeshConfig
 from tfm.model.flops import train_step_flops
 from tfm.planning.compiled import compile_train_step, trainer_for
-from tfm.planning.costs import all_flops, bytes_accessed, product_flops
+from tfm.planning.costs import all_flops, bytes_accessed, copied_bytes_by_xla, product_flops
 from tfm.planning.hlo import Program
 
 FUSIONS = """HloModule m
@@ -74,6 +74,7 @@ ENTRY %main (x: f32[100]) -> f32[100] {
 """
     assert bytes_accessed(Program(text))[1] == 800
     assert bytes_accessed(Program(text), in_main_memory=True)[1] == 400
+    assert copied_bytes_by_xla(Program(text)) == 4 * 400
 
 
 def test_products_that_a_tpu_writes_as_convolutions():

@@ -18,7 +18,7 @@ from tfm.model import transformer
 from tfm.model.dropout import dropout_key
 from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
 from tfm.planning.collectives import Collective, collectives_of
-from tfm.planning.costs import all_flops, bytes_accessed
+from tfm.planning.costs import all_flops, bytes_accessed, copied_bytes_by_xla
 from tfm.planning.hlo import Program
 from tfm.training.step import Trainer
 
@@ -39,6 +39,7 @@ class Counts:
 
     flops: float
     bytes_accessed: float  # as XLA counts them: in all memories, copies from one to the other included
+    copied_bytes: float  # what such copies make up of that
     main_memory_bytes: float  # read from and written to the chip's main memory
     collectives: tuple[Collective, ...]
     calls_without_cost: int  # custom calls that don't declare their cost, and so count for nothing
@@ -222,6 +223,7 @@ def counts_of(compiled: Any, devices: int) -> Counts:
     return Counts(
         cost.get("flops", 0.0) * (flops / flops_once if flops_once else 1.0),
         cost.get("bytes accessed", 0.0) * (all_bytes / bytes_once if bytes_once else 1.0),
+        copied_bytes_by_xla(program),
         bytes_accessed(program, in_main_memory=True)[1],
         collectives,
         len(calls),

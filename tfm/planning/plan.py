@@ -149,6 +149,8 @@ def _train_plan(trainer: Trainer, topology: Topology, step: Compiled) -> Plan:
         "flops_by_xla_over_formula": counts.flops / formula_flops,
         "bytes_accessed_per_chip": counts.bytes_accessed,
         "bytes_accessed_per_target_token": counts.bytes_accessed / (tokens / chips),
+        "bytes_accessed_without_copies_per_target_token": (counts.bytes_accessed - counts.copied_bytes)
+        / (tokens / chips),
         "main_memory_bytes_per_chip": counts.main_memory_bytes,
         "main_memory_bytes_per_target_token": counts.main_memory_bytes / (tokens / chips),
         "custom_calls_without_declared_cost": counts.calls_without_cost,
