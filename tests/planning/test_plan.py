@@ -10,7 +10,7 @@ from tfm.config import ConfigError, InputError, MeshConfig
 from tfm.model.flops import train_step_flops
 from tfm.planning import plan as planning
 from tfm.planning.compiled import OutOfMemory
-from tfm.planning.plan import mesh_of, plan_for, plan_here, refuse_what_does_not_fit, scaled
+from tfm.planning.plan import mesh_of, plan_for, plan_here, refuse_what_does_not_fit, scaled, sweep
 from tfm.planning.topology import topology_of
 
 SLICE = topology_of("v5e:2x4")
@@ -82,6 +82,16 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_to_change(tiny_conf
 def test_a_mesh_that_does_not_multiply_is_refused(tiny_config, simulated):
     with pytest.raises(ConfigError, match=r"mesh\.data=3.*needs 3 devices, and there are 8"):
         plan_for(tiny_config({"mesh.data": 3}), SLICE)
+
+
+def test_a_sweep_is_checked_before_anything_is_compiled(tiny_config, simulated, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(planning, "plan_for", lambda config, where, rows: compiled.append(config.mesh.tensor))
+    sweep(tiny_config(), [SLICE], [MeshConfig(), MeshConfig(-1, 1, 2)])
+    assert compiled == [1, 2]
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=3"):
+        sweep(tiny_config(), [SLICE], [MeshConfig(), MeshConfig(-1, 1, 3)])
+    assert compiled == [1, 2]
 
 
 def test_meshes_as_they_are_typed():

@@ -3,6 +3,7 @@
 import itertools
 from importlib.util import find_spec
 
+import jax
 import pytest
 
 from tfm.chips import TPUS
@@ -41,6 +42,27 @@ def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setattr(topology, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install -r requirements-tpu\.txt"):
         devices_of(topology_of("v5e:4x4"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("ABORTED: Internal error when accessing libtpu multi-process lockfile.", "another process is using libtpu"),
+        ("INVALID_ARGUMENT:\n no such thing", "libtpu does not know it: INVALID_ARGUMENT: no such thing"),
+    ],
+)
+def test_what_libtpu_refuses_is_said_in_one_line(reason, said, monkeypatch):
+    def refuse(**options):
+        raise jax.errors.JaxRuntimeError(reason)
+
+    monkeypatch.setattr(topology, "find_spec", lambda name: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, "as it was")
+    with pytest.raises(InputError) as caught:
+        devices_of(topology_of("v5e:4x4"))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_rings_along_both_axes_of_a_whole_pod():

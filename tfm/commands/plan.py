@@ -52,8 +52,7 @@ def main(argv: list[str]) -> int:
         print(report.parameter_table(plan.trainer_on(config, slices[0] if slices else None, arguments.rows_per_chip)))
         return 0
     if slices:
-        configs = [dataclasses.replace(config, mesh=mesh).validate() for mesh in meshes]
-        plans = [plan.plan_for(each, where, arguments.rows_per_chip) for where in slices for each in configs]
+        plans = plan.sweep(config, slices, meshes, arguments.rows_per_chip)
     else:
         plans = [plan.plan_here(config, arguments.rows_per_chip)]
     if arguments.json == "-":

@@ -85,6 +85,17 @@ def plan_here(config: Config, rows_per_chip: int | None = None) -> Plan:
     }
 
 
+def sweep(
+    config: Config, slices: Sequence[Topology], meshes: Sequence[MeshConfig], rows_per_chip: int | None = None
+) -> list[Plan]:
+    """`plan_for` of each slice with each mesh. What cannot be planned at all is refused before anything is compiled."""
+    configs = [dataclasses.replace(config, mesh=mesh).validate() for mesh in meshes]
+    for where in slices:
+        for each in configs:
+            trainer_on(each, where, rows_per_chip)
+    return [plan_for(each, where, rows_per_chip) for where in slices for each in configs]
+
+
 def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = None) -> Plan:
     """All that compiling the train step and the decode step for a slice of TPUs tells, and the predicted times.
 

@@ -127,20 +127,20 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def draw_sweep(plans: Sequence[Plan], path: Path) -> None:
     """A picture of predicted target tokens/s against chips, a line each kind of chip and split of the model.
 
-    Raises InputError where nothing was predicted or the file cannot be written.
+    What doesn't fit is left out. Raises InputError where nothing fits or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for plan in plans:
-        if "predicted_step_seconds" not in plan:
+        if not plan["fits"]:
             continue
         mesh = plan["mesh"]
         label = f"{plan['chip']}, fsdp={mesh['fsdp']}, tensor={mesh['tensor']}"
         best, worst = (plan[f"predicted_target_tokens_per_second{end}"] for end in ("", "_as_sum"))
         lines.setdefault(label, []).append((plan["chips"], best, worst))
     if not lines:
-        raise InputError(f"--picture={path}: there is nothing to draw, since no --topology has a prediction")
+        raise InputError(f"--picture={path}: there is nothing to draw, since it fits on no --topology")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for label, points in sorted(lines.items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import logging
 import math
 import os
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ import jax
 from tfm.chips import TPUS, Chip
 from tfm.config import InputError
 from tfm.planning.collectives import Collective
-
-_log = logging.getLogger(__name__)
 
 # As Google Cloud offers them: "TPU v4", "v5e", "v5p" and "v6e" architecture pages, tables of configurations.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -62,17 +59,26 @@ def devices_of(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     _keep_off_the_network()
+    # A v4 has two cores, which otherwise would be two devices; later chips are one device in any case.
+    chip = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **chip).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:  # JAX's own errors are RuntimeErrors
         reason = " ".join(str(error).split())
+        if "lockfile" in reason:
+            raise InputError(
+                f"--topology={topology.name}: another process is using libtpu: wait for it, or set "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1 where both only compile"
+            ) from error
         raise InputError(f"--topology={topology.name}: the installed libtpu does not know it: {reason}") from error
+    return list(devices)
 
 
 def _keep_off_the_network() -> None:
-    """Without these, libtpu asks the metadata server of a cloud machine, and complains where there is none."""
+    """Without these, libtpu asks the metadata server of a cloud machine which TPU it is on, and complains at length."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any that it knows: the topology is named when it is asked for
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
