@@ -60,6 +60,41 @@ def test_groups_of_a_transposed_grid():
     assert collectives_of(Program(text), 8)[0].group == (0, 2, 4, 6)
 
 
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", (0, 1, 2, 3)),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", (0, 4)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
+        ("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", tuple(range(8))),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
+    ],
+)
+def test_groups_along_named_axes(groups, expected):
+    text = HEAD.replace(
+        "OPERATION", f"ROOT %r = f32[64]{{0}} all-to-all(%x), replica_groups={groups}, dimensions={{0}}"
+    )
+    assert collectives_of(Program(text), 8)[0].group == expected
+
+
+def test_groups_of_an_unknown_form_are_not_guessed():
+    text = HEAD.replace("OPERATION", "ROOT %r = f32[64]{0} all-to-all(%x), replica_groups=ring(8)")
+    with pytest.raises(ValueError, match="unknown form of groups"):
+        collectives_of(Program(text), 8)
+
+
+def test_one_that_stands_in_several_fusions_counts_once():
+    part = """%part{n} (p{n}: f32[8]) -> f32[64] {{
+  %p{n} = f32[8]{{0}} parameter(0)
+  ROOT %g{n} = f32[64]{{0}} all-gather(%p{n}), channel_id={channel}, replica_groups=[1,8]<=[8], dimensions={{0}}
+}}
+"""
+    calls = "".join(f"  %f{n} = f32[64]{{0}} fusion(%z), kind=kCustom, calls=%part{n}\n" for n in range(3))
+    text = "".join(part.format(n=n, channel=7 if n < 2 else 8) for n in range(3))
+    text += f"ENTRY %main (z: f32[8]) -> f32[8] {{\n  %z = f32[8]{{0}} parameter(0)\n{calls}}}\n"
+    assert traffic(collectives_of(Program(text), 8)) == {"all-gather": Traffic(2, 512.0)}
+
+
 def test_a_group_of_one_says_nothing():
     text = HEAD.replace("OPERATION", "ROOT %r = f32[64]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add")
     assert collectives_of(Program(text), 8) == []
@@ -97,15 +132,16 @@ def test_a_real_program_with_known_collectives():
 
 def test_the_formula_over_fsdp_by_hand():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
-    parameters = {"kernel": np.zeros((16, 8)), "scale": np.zeros(8)}
+    parameters = {"kernel": np.zeros((16, 8)), "scale": np.zeros(8), "table": np.zeros((100, 4))}
     shardings = {
         "kernel": NamedSharding(mesh, PartitionSpec("fsdp", None)),
         "scale": NamedSharding(mesh, PartitionSpec(None)),
+        "table": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
     }
     assert expected_traffic(mesh, parameters, shardings, 3, jnp.bfloat16) == {
-        "all-gather": 3 * 2 * 128 * 2,
-        "reduce-scatter": 3 * 128 * 2,
-        "all-reduce": 3 * (128 / 4 * 2 + 8 * 4),
+        "all-gather": 3 * (2 * 128 * 2 + 400 * 4),  # a table once, for both passes
+        "reduce-scatter": 3 * (128 * 2 + 400 * 4),
+        "all-reduce": 3 * (128 / 4 * 2 + 8 * 4 + 400 / 4 * 4),
     }
     with pytest.raises(ValueError, match="batch axes"):
         expected_traffic(sharding.make_mesh(MeshConfig(tensor=2)), parameters, shardings, 1, jnp.bfloat16)

@@ -57,7 +57,13 @@ def test_what_libtpu_refuses_is_said_in_one_line(reason, said, monkeypatch):
 
     monkeypatch.setattr(topology, "find_spec", lambda name: True)
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+    for name in (
+        "TPU_SKIP_MDS_QUERY",
+        "TPU_ACCELERATOR_TYPE",
+        "TPU_WORKER_HOSTNAMES",
+        "TPU_MIN_LOG_LEVEL",
+        "TPU_STDERR_LOG_LEVEL",
+    ):
         monkeypatch.setenv(name, "as it was")
     with pytest.raises(InputError) as caught:
         devices_of(topology_of("v5e:4x4"))

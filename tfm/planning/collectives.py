@@ -46,13 +46,23 @@ def collectives_of(program: Program, devices: int) -> list[Collective]:
     """The collectives among `devices` of a program, each once, with how often it is executed.
 
     An asynchronous one counts where it starts. What a TPU fuses, an all-reduce of which each chip keeps a piece, is a
-    reduce-scatter. Groups of a single chip say nothing, and are left out.
+    reduce-scatter; and one that goes on beside other work stands in several fusions, which share its channel, and
+    counts once. Groups of a single chip say nothing, and are left out.
+
+    Raises:
+      ValueError: groups written in a form that isn't known.
     """
     found = []
-    for computation, instruction, times, _ in program.executed():
+    fused_channels = set()
+    for computation, instruction, times, fused in program.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if fused and channel:
+            if channel[1] in fused_channels:
+                continue
+            fused_channels.add(channel[1])
         group = _group(kind, instruction.attributes, devices)
         if len(group) < 2:
             continue
@@ -86,14 +96,38 @@ def _group(kind: str, attributes: str, devices: int) -> tuple[int, ...]:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return tuple(int(device) for device in listed[1].split(",") if device)
+    if "replica_groups=mesh[" in attributes:
+        return _group_on_mesh(attributes)
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota is None:  # `replica_groups={}`: all together
-        return tuple(range(devices))
-    shape, reshaped = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-    ids = np.arange(math.prod(reshaped)).reshape(reshaped)
-    if iota[3]:
-        ids = ids.transpose([int(axis) for axis in iota[3].split(",")])
-    return tuple(int(device) for device in ids.reshape(shape)[0])
+    if iota is not None:
+        return tuple(_iota(iota[2], iota[3]).reshape(_numbers(iota[1]))[0].tolist())
+    if "replica_groups={}" not in attributes and "replica_groups=" in attributes:
+        raise ValueError(f"unknown form of groups in {attributes}")
+    return tuple(range(devices))  # all together
+
+
+def _group_on_mesh(attributes: str) -> tuple[int, ...]:
+    """Groups along named axes: `mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}`."""
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    )
+    if found is None or ":" in found[4]:  # part of an axis
+        raise ValueError(f"unknown form of groups in {attributes}")
+    axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    shape = [int(size) for size in axes.values()]
+    ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(shape))
+    along = re.findall(r"'([^']+)'", found[4])
+    return tuple(ids.reshape(shape)[tuple(slice(None) if axis in along else 0 for axis in axes)].ravel().tolist())
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Device numbers `[4,4]T(1,0)`: counted up in that shape, then transposed."""
+    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, dtype: Any) -> dict[str, float]:
@@ -101,9 +135,9 @@ def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches:
 
     The gradient of a weight has the dtype of the matrix product that it comes from; those of tables, biases and norms
     are float32. They are summed over the batch once a micro-batch. A parameter that is whole on every device has its
-    gradient all-reduced. One that is split (fsdp) is gathered in the compute dtype for the forward pass and again for
-    the backward pass, and its gradient is summed and cut by a reduce-scatter, and what is left of it is all-reduced
-    over the other batch axis.
+    gradient all-reduced. One that is split (fsdp) is gathered for the forward pass, a weight again for the backward
+    pass; its gradient is summed and cut by a reduce-scatter, and what is left of it is all-reduced over the other batch
+    axis. That is the least: the compiler may all-reduce a whole gradient where a reduce-scatter would do.
 
     Raises:
       ValueError: a mesh that splits more than the batch.
@@ -119,7 +153,7 @@ def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches:
         size = leaf.size * (jnp.dtype(dtype).itemsize if is_weight else 4.0) * micro_batches
         parts = leaf.size // math.prod(where.shard_shape(leaf.shape))
         if parts > 1:
-            found["all-gather"] += 2.0 * size
+            found["all-gather"] += (2.0 if is_weight else 1.0) * size
             found["reduce-scatter"] += size
         if shards > parts:
             found["all-reduce"] += size / parts
