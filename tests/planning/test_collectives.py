@@ -67,6 +67,9 @@ def test_groups_of_a_transposed_grid():
         ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", (0, 4)),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
         ("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", tuple(range(8))),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", (0, 4)),
+        ("mesh['axis_0'=8] {'axis_0':(2)2}", (0, 2)),
+        ("mesh['axis_0'=8] {'axis_0':(4)2}", (0, 1)),
         ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
     ],
 )

@@ -107,17 +107,24 @@ def _group(kind: str, attributes: str, devices: int) -> tuple[int, ...]:
 
 
 def _group_on_mesh(attributes: str) -> tuple[int, ...]:
-    """Groups along named axes: `mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}`."""
+    """Groups along named axes: `mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}`.
+
+    `'axis_0':(2)4` is a part of an axis: four places, of which each is as many apart as what is left after 2 and 4.
+    """
     found = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
     )
-    if found is None or ":" in found[4]:  # part of an axis
+    if found is None:
         raise ValueError(f"unknown form of groups in {attributes}")
-    axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-    shape = [int(size) for size in axes.values()]
+    along = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[4])}
+    shape, index = [], []
+    for name, text in re.findall(r"'([^']+)'=(\d+)", found[1]):
+        before, size = along.get(name, ("1", "1"))
+        parts = [int(before or 1), int(size or text)]
+        shape += [*parts, int(text) // math.prod(parts)]
+        index += [0, slice(None), 0]
     ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(shape))
-    along = re.findall(r"'([^']+)'", found[4])
-    return tuple(ids.reshape(shape)[tuple(slice(None) if axis in along else 0 for axis in axes)].ravel().tolist())
+    return tuple(ids.reshape(shape)[tuple(index)].ravel().tolist())
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from tfm import sharding
 from tfm.chips import chip_of
@@ -20,6 +21,7 @@ from tfm.model.transformer import count_parameters
 from tfm.planning.collectives import expected_traffic, traffic
 from tfm.planning.compiled import (
     Compiled,
+    Counts,
     DecodeStep,
     OutOfMemory,
     activation_bytes,
@@ -29,7 +31,7 @@ from tfm.planning.compiled import (
     state_bytes,
     trainer_for,
 )
-from tfm.planning.prediction import predict, utilisation
+from tfm.planning.prediction import Prediction, predict, utilisation
 from tfm.planning.topology import Topology, collective_seconds, coordinates_of, devices_of
 from tfm.training.step import Trainer
 
@@ -119,7 +121,7 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
     _log.info("%s: compiled in %.0f s; now the decode step", topology.name, time.perf_counter() - start)
     plan |= _train_plan(trainer, topology, step)
     try:
-        plan["decode"] = _decode_plan(config, topology, compile_decode_step(config, mesh), plan["memory_per_chip"])
+        plan["decode"] = _decode_plan(config, topology, compile_decode_step(config, mesh), mesh, plan)
     except OutOfMemory as error:
         plan["fits"], plan["lacking_bytes"] = False, error.needed - error.room
         plan["remedy"] = "lower decoding.tokens_per_batch"
@@ -146,9 +148,7 @@ def _train_plan(trainer: Trainer, topology: Topology, step: Compiled) -> Plan:
     about, chip, counts = _about(trainer.config, trainer), topology.chip, step.counts
     chips, tokens = about["chips"], about["target_tokens_per_step"]
     formula_flops = about["flops_per_step"] / chips
-    coordinates = coordinates_of(list(trainer.mesh.devices.flat), topology)
-    interconnect = sum(collective_seconds(c, topology, coordinates) for c in counts.collectives)
-    prediction = predict(chip, counts.flops, counts.main_memory_bytes, interconnect)
+    prediction = _prediction(counts, topology, trainer.mesh)
     largest, total = prediction.largest_seconds, prediction.sum_seconds
     fits = step.total_bytes <= chip.memory
     return {
@@ -181,6 +181,12 @@ def _train_plan(trainer: Trainer, topology: Topology, step: Compiled) -> Plan:
     }
 
 
+def _prediction(counts: Counts, topology: Topology, mesh: Mesh) -> Prediction:
+    coordinates = coordinates_of(list(mesh.devices.flat), topology)
+    interconnect = sum(collective_seconds(c, topology, coordinates) for c in counts.collectives)
+    return predict(topology.chip, counts.flops, counts.main_memory_bytes, interconnect)
+
+
 def _memory(trainer: Trainer, step: Compiled, available: float) -> Plan:
     """Bytes on each chip. What the compiler holds beside the state is activations, as far as these are known."""
     state = state_bytes(trainer)
@@ -209,11 +215,11 @@ def _expected(trainer: Trainer) -> dict[str, float] | None:
     )
 
 
-def _decode_plan(config: Config, topology: Topology, step: DecodeStep, training: Plan) -> Plan:
+def _decode_plan(config: Config, topology: Topology, step: DecodeStep, mesh: Mesh, training: Plan) -> Plan:
     """The decode step, and whether its cache has room beside the state of training, as it has to while validating."""
     chip, counts, bucket = topology.chip, step.compiled.counts, step.bucket
-    prediction = predict(chip, counts.flops, counts.main_memory_bytes, 0.0)
-    state = sum(training[f"{name}_bytes"] for name in ("parameters", "optimizer", "moving_average"))
+    prediction = _prediction(counts, topology, mesh)
+    state = sum(training["memory_per_chip"][f"{name}_bytes"] for name in ("parameters", "optimizer", "moving_average"))
     beside = state + step.compiled.total_bytes
     formula = decode_step_flops(
         config.model, config.data.vocab_size, bucket.rows, step.beams, bucket.length, bucket.room
