@@ -84,6 +84,11 @@ def test_a_mesh_that_does_not_multiply_is_refused(tiny_config, simulated):
         plan_for(tiny_config({"mesh.data": 3}), SLICE)
 
 
+def test_a_batch_too_small_for_the_slice_names_the_option_that_scales_it(tiny_config, simulated):
+    with pytest.raises(InputError, match=r"3 rows, too few for 8 pieces.*--rows_per_chip=32"):
+        plan_for(tiny_config({"training.target_tokens_per_batch": 96}), SLICE)
+
+
 def test_a_sweep_is_checked_before_anything_is_compiled(tiny_config, simulated, monkeypatch):
     compiled = []
     monkeypatch.setattr(planning, "plan_for", lambda config, where, rows: compiled.append(config.mesh.tensor))

@@ -62,7 +62,14 @@ def trainer_on(config: Config, topology: Topology | None, rows_per_chip: int | N
     """The trainer on a slice of TPUs, or on the devices at hand. Raises InputError as `plan_for` does."""
     devices = devices_of(topology) if topology is not None else jax.devices()
     config = scaled(config, rows_per_chip, len(devices))
-    return trainer_for(config, sharding.make_mesh(config.mesh, devices))
+    mesh = sharding.make_mesh(config.mesh, devices)
+    if rows_per_chip is None and config.rows_per_batch < sharding.batch_shards(mesh):
+        raise InputError(
+            f"training.target_tokens_per_batch={config.training.target_tokens_per_batch} makes "
+            f"{config.rows_per_batch} rows, too few for {sharding.batch_shards(mesh)} pieces of it: raise it, or "
+            "let it grow with the chips, as with --rows_per_chip=32"
+        )
+    return trainer_for(config, mesh)
 
 
 def plan_here(config: Config, rows_per_chip: int | None = None) -> Plan:
