@@ -29,7 +29,6 @@ from tfm.data.corpus import to_text
 from tfm.decoding.translation import Translation
 from tfm.decoding.translator import Translator
 
-ONE_SENTENCE = 1  # tokens: any budget below a row's length gives batches of one row
 DEVICES = 8
 
 
@@ -39,6 +38,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="lines to translate; .gz too")
     parser.add_argument("--lines", type=int, default=1000)
     parser.add_argument("--beam", type=int, default=4)
+    parser.add_argument("--length_penalty", type=float, help="alpha; the run's own if unset")
     parser.add_argument("--wide", type=int, default=64, help="beam that search errors are counted against; 0 is none")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--json", help="file for the results; - is standard output")
@@ -49,7 +49,16 @@ def main() -> None:
     content = gzip.decompress(content) if arguments.source.suffix == ".gz" else content
     lines = [to_text(line) for line in content.split(b"\n")[: arguments.lines]]
     config = RunDirectory.open(arguments.workdir).config
-    report = {"lines": len(lines), "jax": jax.__version__, "beam": arguments.beam}
+    if arguments.length_penalty is not None:
+        decoding = dataclasses.replace(config.decoding, length_penalty=arguments.length_penalty)
+        config = dataclasses.replace(config, decoding=decoding)
+    report = {
+        "command": " ".join(sys.argv),
+        "length_penalty": config.decoding.length_penalty,
+        "lines": len(lines),
+        "jax": jax.__version__,
+        "beam": arguments.beam,
+    }
     report["errors"] = errors(arguments.workdir, config, lines, arguments.beam, arguments.wide)
     report["independence"] = {
         dtype: independence(arguments.workdir, config, lines, arguments.beam, dtype) for dtype in arguments.dtypes
@@ -109,9 +118,8 @@ def independence(workdir: Path, config: Config, lines: list[str], beam: int, dty
     }
     longest = config.decoding.max_source_length
     for sentences in (1, 7, 64):
-        budget = ONE_SENTENCE if sentences == 1 else sentences * longest
         runs[f"with a budget of {sentences} sentences"] = translate(
-            workdir, config, lines, **settings, tokens_per_batch=budget
+            workdir, config, lines, **settings, tokens_per_batch=sentences * longest
         )
     result = {}
     for name, found in runs.items():

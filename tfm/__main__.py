@@ -15,7 +15,7 @@ from pathlib import Path
 from tfm import __version__
 from tfm.config import InputError
 
-COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "benchmark", "demo")
+COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "plan", "benchmark", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

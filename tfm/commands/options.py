@@ -53,6 +53,7 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
 
     types_by_name = _option_types(arguments)
     given, wants_help = _read(command, argv, types_by_name)
+    given = _together(given, arguments)
     base = _base_config(command, arguments, {option.name: option.values for option in given}, wants_help)
     if not wants_help:
         _refuse_missing(command, arguments, given)
@@ -212,6 +213,22 @@ def _checked(option: _Given, kind: Any) -> _Given:
     if float in (kind, *get_args(kind)) and any(_is_not_finite(value) for value in option.values):
         raise InputError(f"{option}: expected {_expected(kind)}, and a finite one")
     return option
+
+
+def _together(given: Sequence[_Given], arguments: type) -> list[_Given]:
+    """Each of the command's own options that take several values once, with all that it was given: `--a=1 --a=2`."""
+    several = {name for name, kind in get_type_hints(arguments).items() if get_origin(kind) is tuple}
+    joined: dict[str, _Given] = {}
+    rest = []
+    for option in given:
+        if option.name not in several:
+            rest.append(option)
+        elif option.name in joined:
+            first = joined[option.name]
+            joined[option.name] = dataclasses.replace(first, values=(*first.values, *option.values))
+        else:
+            joined[option.name] = option
+    return [*rest, *joined.values()]
 
 
 def _is_not_finite(value: str) -> bool:

@@ -1,0 +1,52 @@
+"""What the compiler is asked and what it answers, on simulated devices."""
+
+import jax
+import pytest
+
+from tfm import sharding
+from tfm.config import MeshConfig
+from tfm.planning import compiled
+from tfm.planning.compiled import activation_bytes, checkpoint_bytes, compile_decode_step, state_bytes, trainer_for
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_config):
+    return trainer_for(tiny_config({"mesh.fsdp": 2}), sharding.make_mesh(MeshConfig(data=4, fsdp=2)))
+
+
+def test_state_by_its_shards(trainer):
+    parameters = jax.tree.leaves(trainer.abstract_state.parameters)
+    whole = sum(4 * leaf.size for leaf in parameters)
+    state = state_bytes(trainer)
+    assert whole / 2 <= state["parameters"] < 0.6 * whole  # all but norms and biases are split in two
+    assert state["optimizer"] == 2 * state["parameters"] + 4  # and Adam's count
+    assert state["moving_average"] == 0
+    assert checkpoint_bytes(trainer) == 3 * whole + 4 * 4
+
+
+def test_activations_grow_with_the_rows_of_a_micro_batch(tiny_config, trainer):
+    mesh = sharding.make_mesh(MeshConfig())
+    wide = trainer_for(tiny_config({"training.target_tokens_per_batch": 512}), mesh)
+    halved = trainer_for(
+        tiny_config({"training.target_tokens_per_batch": 512, "training.gradient_accumulation": 2}), mesh
+    )
+    assert activation_bytes(wide) == 2 * activation_bytes(halved) == 2 * activation_bytes(trainer) > 0
+
+
+def test_the_decode_step_has_no_collective_without_tensor(tiny_config):
+    config = tiny_config({"decoding.beam_size": 2})
+    step = compile_decode_step(config, sharding.make_mesh(MeshConfig()))
+    model, bucket = config.model, step.bucket
+    positions = bucket.length + 2 * bucket.room  # keys of the source, and of each beam's past
+    cache = bucket.rows / 8 * (4 * positions * 2 * model.d_model + bucket.length + 4 * 2 * bucket.room)
+    assert (step.beams, step.cache_bytes) == (2, cache)
+    assert step.compiled.counts.collectives == ()
+    assert step.compiled.counts.unknown_loops == 0
+    assert step.compiled.counts.flops > 0
+
+
+def test_what_the_tpu_compiler_says_of_its_memory():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    told = compiled._out_of_memory(message)
+    assert (told.needed, told.room) == (20.5 * 2**30, 15.75 * 2**30)
+    assert compiled._out_of_memory("INTERNAL: something else") is None

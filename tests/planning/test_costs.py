@@ -1,0 +1,112 @@
+"""FLOPs and bytes by hand, and of the train step with its layers in a loop and side by side."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tfm import sharding
+from tfm.config import MeshConfig
+from tfm.model.flops import train_step_flops
+from tfm.planning.compiled import compile_train_step, trainer_for
+from tfm.planning.costs import all_flops, bytes_accessed, copied_bytes_by_xla, product_flops
+from tfm.planning.hlo import Program
+
+FUSIONS = """HloModule m
+
+%take (p0: f32[6,100], p1: s32[]) -> f32[1,100] {
+  %p0 = f32[6,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+}
+
+%put (q0: f32[6,100], q1: f32[1,100], q2: s32[]) -> f32[6,100] {
+  %q0 = f32[6,100]{1,0} parameter(0)
+  %q1 = f32[1,100]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %all = f32[6,100]{1,0} dynamic-update-slice(%q0, %q1, %q2, %zero.1)
+}
+
+ENTRY %main (x: f32[6,100], i: s32[]) -> f32[6,100] {
+  %x = f32[6,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %taken = f32[1,100]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%take
+  %twice = f32[1,100]{1,0:T(8,128)S(1)} add(%taken, %taken)
+  ROOT %kept = f32[6,100]{1,0} fusion(%x, %twice, %i), kind=kLoop, calls=%put
+}
+"""
+
+CONVOLUTION = """HloModule m
+
+ENTRY %main (x: bf16[4,32,16], w: bf16[16,8]) -> bf16[4,32,8] {
+  %x = bf16[4,32,16]{2,1,0} parameter(0)
+  %w = bf16[1,16,8]{2,1,0} parameter(1)
+  ROOT %y = bf16[4,32,8]{2,1,0} convolution(%x, %w), window={size=1}, dim_labels=b0f_0io->b0f
+}
+"""
+
+BATCHED = """HloModule m
+
+ENTRY %main (x: bf16[4,32,16], w: bf16[4,8,16]) -> bf16[4,32,8] {
+  %x = bf16[4,32,16]{2,1,0} parameter(0)
+  %w = bf16[4,8,16]{2,1,0} parameter(1)
+  ROOT %y = bf16[4,32,8]{2,1,0} convolution(%x, %w), WINDOW, dim_labels=0bf_0oi->0bf
+}
+""".replace("WINDOW", "window={size=4 stride=3 pad=0_0 lhs_dilate=4}")
+
+
+def test_of_a_slice_the_slice_counts_and_of_an_update_the_update():
+    once, total = bytes_accessed(Program(FUSIONS))
+    assert once == total == (400 + 4 + 400) + 3 * 400 + (400 + 4 + 400)
+    # On the chip itself: what was taken, its double, and the reading of that. Numbers of places are in main memory.
+    assert bytes_accessed(Program(FUSIONS), in_main_memory=True)[1] == (400 + 4) + (4 + 400)
+
+
+def test_copies_between_memories_count_once():
+    text = """HloModule m
+
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %start = (f32[100]{0:T(128)S(1)}, f32[100]{0}, u32[]{:S(2)}) copy-start(%x)
+  ROOT %done = f32[100]{0:T(128)S(1)} copy-done(%start)
+}
+"""
+    assert bytes_accessed(Program(text))[1] == 800
+    assert bytes_accessed(Program(text), in_main_memory=True)[1] == 400
+    assert copied_bytes_by_xla(Program(text)) == 4 * 400
+
+
+def test_products_that_a_tpu_writes_as_convolutions():
+    assert product_flops(Program(CONVOLUTION))[1] == 2 * 4 * 32 * 8 * 16
+    # A batch as a dilated window: of the four places of each window, but one meets an input.
+    assert product_flops(Program(BATCHED))[1] == 2 * 4 * 32 * 8 * 16
+
+
+def test_products_in_a_loop_count_as_often_as_they_are_made():
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=7)[0]
+
+    once, total = product_flops(Program(jax.jit(loop).lower(jnp.ones((8, 8))).compile().as_text()))
+    assert (once, total) == (2 * 8**3, 7 * 2 * 8**3)
+
+
+def test_layers_in_a_loop_and_side_by_side_have_the_same_flops(tiny_config):
+    """And the formula's; with micro-batches, and the loss in pieces, which are loops as well."""
+    counted = {}
+    for unroll in (1, 2):
+        changes = {f"model.{side}_layers": 2 for side in ("encoder", "decoder")}
+        changes |= {"model.d_model": 32, "model.d_ff": 128, "training.gradient_accumulation": 2}
+        config = tiny_config({**changes, "training.unroll_layers": unroll})
+        trainer = trainer_for(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+        trainer.logits_per_chunk //= 2**6 if unroll == 1 else 1
+        counted[unroll] = compile_train_step(trainer).counts
+    assert counted[1].unknown_loops == counted[2].unknown_loops == 0
+    assert counted[1].flops == pytest.approx(counted[2].flops, rel=0.02)
+    formula = train_step_flops(config.model, 300, 8, 32, 32)
+    assert 0.98 * formula < counted[2].flops < 2 * formula  # a narrow model has much beside its products
+
+
+def test_elementwise_flops_are_those_of_xla():
+    compiled = jax.jit(lambda x: jnp.sum(jnp.maximum(x * x + 1.0, 3.0), axis=0)).lower(jnp.ones((64, 32))).compile()
+    assert all_flops(Program(compiled.as_text()))[1] == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)

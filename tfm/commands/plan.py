@@ -1,0 +1,80 @@
+"""Plan a run: parameters, memory, FLOPs and predicted times, compiled for a TPU slice that nobody has to own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tfm.commands.options import parse
+from tfm.config import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Say what a run needs and takes: on the devices at hand by formula or, with --topology, compiled for TPUs.
+
+    Compiling takes libtpu, and no TPU: pip install -r requirements-tpu.txt. Times are predictions.
+    """
+
+    config: str | None = None
+    """A shipped config (base), or the path of a .py file with get_config()."""
+    workdir: Path | None = None
+    """Directory of a run, whose config is planned."""
+    topology: tuple[str, ...] = ()
+    """TPU slices to compile for, such as v5e:16x16; may be given more than once."""
+    meshes: tuple[str, ...] = ()
+    """Meshes to compare on each topology, data,fsdp,tensor, such as -1,1,1 -1,4,1; that of the config if unset."""
+    rows_per_chip: int | None = None
+    """Rows of the global batch for each chip, in place of training.target_tokens_per_batch."""
+    parameters: bool = False
+    """List every parameter: its logical axes, its mesh axes and its bytes on each device; for the first topology."""
+    json: str | None = None
+    """File for the plan as JSON, a list where there is more than one; - is standard output."""
+    picture: Path | None = None
+    """File for a picture of predicted tokens/s against chips (.png)."""
+
+
+def main(argv: list[str]) -> int:
+    arguments, config = parse("plan", argv, Arguments)
+    if arguments.rows_per_chip is not None and arguments.rows_per_chip < 1:
+        raise InputError(f"--rows_per_chip={arguments.rows_per_chip}: must be at least 1")
+    if not arguments.topology and (arguments.meshes or arguments.picture):
+        given = "--meshes" if arguments.meshes else "--picture"
+        raise InputError(f"{given} compares plans for TPU slices: name them with --topology, such as v5e:16x16")
+    from tfm.planning import plan, report, topology
+
+    slices = [topology.topology_of(name) for name in arguments.topology]
+    meshes = [plan.mesh_of(text) for text in arguments.meshes] or [config.mesh]
+    if slices:
+        topology.no_accelerator_is_looked_for()
+    if arguments.parameters:
+        print(report.parameter_table(plan.trainer_on(config, slices[0] if slices else None, arguments.rows_per_chip)))
+        return 0
+    if slices:
+        plans = plan.sweep(config, slices, meshes, arguments.rows_per_chip)
+    else:
+        plans = [plan.plan_here(config, arguments.rows_per_chip)]
+    if arguments.json == "-":
+        print(_json(plans))
+    else:
+        if arguments.json is not None:
+            _write(Path(arguments.json), _json(plans) + "\n")
+        print("\n".join(report.table(each) for each in plans))
+        if len(plans) > 1:
+            print(report.sweep_table(plans))
+    if arguments.picture is not None:
+        report.draw_sweep(plans, arguments.picture)
+    plan.refuse_what_does_not_fit(plans)
+    return 0
+
+
+def _json(plans: list) -> str:
+    return json.dumps(plans[0] if len(plans) == 1 else plans, indent=2)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error

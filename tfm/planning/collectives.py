@@ -1,0 +1,167 @@
+"""What the chips of a compiled program say to one another: counted in its text, and by formula.
+
+Bytes are those of the whole array that a group of chips handles together, as one of them sees it: what is summed
+(all-reduce, reduce-scatter) before it is cut, what is gathered (all-gather) after it is whole, what each chip sends
+(all-to-all, collective-permute).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tfm import sharding
+from tfm.planning.hlo import Program
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction of a program, with what it does in a step."""
+
+    kind: str
+    count: int  # executions
+    bytes: float  # of one execution
+    group: tuple[int, ...]  # devices that take part together, as positions in the mesh; one group stands for all
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind in a step, seen from one chip."""
+
+    count: int
+    bytes: float
+
+
+def collectives_of(program: Program, devices: int) -> list[Collective]:
+    """The collectives among `devices` of a program, each once, with how often it is executed.
+
+    An asynchronous one counts where it starts. What a TPU fuses, an all-reduce of which each chip keeps a piece, is a
+    reduce-scatter; and one that goes on beside other work stands in several fusions, which share its channel, and
+    counts once. Groups of a single chip say nothing, and are left out.
+
+    Raises:
+      ValueError: groups written in a form that isn't known.
+    """
+    found = []
+    fused_channels = set()
+    for computation, instruction, times, fused in program.executed():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if fused and channel:
+            if channel[1] in fused_channels:
+                continue
+            fused_channels.add(channel[1])
+        group = _group(kind, instruction.attributes, devices)
+        if len(group) < 2:
+            continue
+        size = float(computation.operand_bytes(instruction))
+        if kind == "all-gather":
+            size *= len(group)
+        if kind == "all-reduce" and "reduce-scatter" in computation.name.replace(
+            "all-reduce-scatter", "reduce-scatter"
+        ):
+            kind = "reduce-scatter"
+        found.append(Collective(kind, times, size, group))
+    return found
+
+
+def traffic(collectives: Sequence[Collective]) -> dict[str, Traffic]:
+    """Count and bytes a step by kind; kinds that don't occur are left out."""
+    by_kind = {}
+    for kind in KINDS:
+        own = [c for c in collectives if c.kind == kind]
+        if own:
+            by_kind[kind] = Traffic(sum(c.count for c in own), sum(c.count * c.bytes for c in own))
+    return by_kind
+
+
+def _group(kind: str, attributes: str, devices: int) -> tuple[int, ...]:
+    """The first group of devices that an instruction names."""
+    if kind == "collective-permute":
+        pairs = re.findall(r"\{(\d+),(\d+)\}", attributes.partition("source_target_pairs=")[2])
+        moves = [(int(a), int(b)) for a, b in pairs if a != b]
+        return moves[0] if moves else ()
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if listed:
+        return tuple(int(device) for device in listed[1].split(",") if device)
+    if "replica_groups=mesh[" in attributes:
+        return _group_on_mesh(attributes)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota is not None:
+        return tuple(_iota(iota[2], iota[3]).reshape(_numbers(iota[1]))[0].tolist())
+    if "replica_groups={}" not in attributes and "replica_groups=" in attributes:
+        raise ValueError(f"unknown form of groups in {attributes}")
+    return tuple(range(devices))  # all together
+
+
+def _group_on_mesh(attributes: str) -> tuple[int, ...]:
+    """Groups along named axes: `mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}`.
+
+    `'axis_0':(2)4` is a part of an axis: four places, of which each is as many apart as what is left after 2 and 4.
+    """
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    )
+    if found is None:
+        raise ValueError(f"unknown form of groups in {attributes}")
+    along = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[4])}
+    shape, index = [], []
+    for name, text in re.findall(r"'([^']+)'=(\d+)", found[1]):
+        before, size = along.get(name, ("1", "1"))
+        parts = [int(before or 1), int(size or text)]
+        shape += [*parts, int(text) // math.prod(parts)]
+        index += [0, slice(None), 0]
+    ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(shape))
+    return tuple(ids.reshape(shape)[tuple(index)].ravel().tolist())
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Device numbers `[4,4]T(1,0)`: counted up in that shape, then transposed."""
+    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, dtype: Any) -> dict[str, float]:
+    """Bytes a step by kind, by formula, where only the batch axes split anything; scalars, such as the loss, left out.
+
+    The gradient of a weight has the dtype of the matrix product that it comes from; those of tables, biases and norms
+    are float32. They are summed over the batch once a micro-batch. A parameter that is whole on every device has its
+    gradient all-reduced. One that is split (fsdp) is gathered for the forward pass, a weight again for the backward
+    pass; its gradient is summed and cut by a reduce-scatter, and what is left of it is all-reduced over the other batch
+    axis. That is the least: the compiler may all-reduce a whole gradient where a reduce-scatter would do.
+
+    Raises:
+      ValueError: a mesh that splits more than the batch.
+    """
+    shards = sharding.batch_shards(mesh)
+    if shards != mesh.size:
+        raise ValueError("the formula is one of the batch axes alone")
+    found = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter"), 0.0)
+    for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
+    ):
+        is_weight = getattr(path[-1], "key", None) == "kernel"
+        size = leaf.size * (jnp.dtype(dtype).itemsize if is_weight else 4.0) * micro_batches
+        parts = leaf.size // math.prod(where.shard_shape(leaf.shape))
+        if parts > 1:
+            found["all-gather"] += (2.0 if is_weight else 1.0) * size
+            found["reduce-scatter"] += size
+        if shards > parts:
+            found["all-reduce"] += size / parts
+    return {kind: size for kind, size in found.items() if size}

@@ -1,0 +1,240 @@
+"""The train step and the decode step, compiled for devices that need not be there, and what is counted of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from tfm import sharding
+from tfm.config import Config
+from tfm.data.batches import Batch
+from tfm.decoding.decoder import Bucket, Decoder
+from tfm.model import transformer
+from tfm.model.dropout import dropout_key
+from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
+from tfm.planning.collectives import Collective, collectives_of
+from tfm.planning.costs import all_flops, bytes_accessed, copied_bytes_by_xla
+from tfm.planning.hlo import Program
+from tfm.training.step import Trainer
+
+_UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+class OutOfMemory(Exception):
+    """The compiler found no way to lay a program out in a chip's memory."""
+
+    def __init__(self, needed: float, room: float):
+        super().__init__(f"needs {needed:.0f} bytes of {room:.0f}")
+        self.needed, self.room = needed, room  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What one execution of a compiled program does on one chip, loops counted as often as they turn."""
+
+    flops: float
+    bytes_accessed: float  # as XLA counts them: in all memories, copies from one to the other included
+    copied_bytes: float  # what such copies make up of that
+    main_memory_bytes: float  # read from and written to the chip's main memory
+    collectives: tuple[Collective, ...]
+    calls_without_cost: int  # custom calls that don't declare their cost, and so count for nothing
+    unknown_loops: int  # loops of which the program doesn't say how often they turn, and that are counted once
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program for one chip of many: bytes as the compiler lays it out, and its counts."""
+
+    argument_bytes: float
+    temporary_bytes: float
+    total_bytes: float  # arguments, results that take no argument's place, temporaries and the program itself
+    counts: Counts
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """One step of a search over the largest bucket's rows."""
+
+    bucket: Bucket
+    beams: int
+    parameter_bytes: float  # of a chip
+    cache_bytes: float  # of a chip
+    compiled: Compiled
+
+
+def trainer_for(config: Config, mesh: Mesh) -> Trainer:
+    """The trainer of a config whose vocabulary has `data.vocab_size` pieces, on devices that need not be there.
+
+    Raises:
+      ConfigError: rows or parameters that the mesh does not divide.
+    """
+    training = config.training
+    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+    model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, training.unroll_layers)
+    return Trainer(config, model, mesh)
+
+
+def compile_train_step(trainer: Trainer) -> Compiled:
+    """Compiles one update ahead of time. Raises OutOfMemory."""
+    state = jax.tree.map(_placed, trainer.abstract_state, trainer.state_shardings)
+    with jax.set_mesh(trainer.mesh):
+        return _compiled(trainer.train_step.lower(state, abstract_batch(trainer)), trainer.mesh.size)
+
+
+def abstract_batch(trainer: Trainer) -> Batch:
+    """Shapes of a global batch, placed."""
+    data, rows = trainer.config.data, trainer.config.rows_per_batch
+    source, target = (rows, data.source_row_length), (rows, data.target_row_length)
+    shapes = Batch(source, source, source, target, target, target, target, (rows,))
+    where = sharding.batch_sharding(trainer.mesh)
+    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for shape in shapes))
+
+
+def activation_bytes(trainer: Trainer) -> float:
+    """Bytes a device of what the backward pass keeps of the forward pass of a micro-batch, by JAX's own account.
+
+    The compiler may keep less, where it computes something again, and lays some of it out with padding. An axis
+    `tensor`, which splits part of it, is left out of account.
+    """
+    config = trainer.config
+    rows = config.rows_per_batch // config.training.gradient_accumulation
+
+    def backward(parameters: Any, batch: Batch) -> Any:
+        key = dropout_key(config.training.seed, jnp.zeros((), jnp.int32), batch.rows)
+        smoothing = config.training.label_smoothing
+        return jax.vjp(lambda p: trainer.sums(p, batch, key, smoothing).loss, parameters)[1]
+
+    def kept_of(rows: int) -> int:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), abstract_batch(trainer))
+        with jax.set_mesh(trainer.mesh):
+            kept = jax.tree.leaves(jax.eval_shape(backward, trainer.abstract_state.parameters, batch))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+    # Parameters are kept as well, and are the same for twice the rows.
+    return float(kept_of(2 * rows) - kept_of(rows)) / sharding.batch_shards(trainer.mesh)
+
+
+def compile_decode_step(config: Config, mesh: Mesh) -> DecodeStep:
+    """Compiles one step of a search, up to the likeliest token of each beam. Raises OutOfMemory."""
+    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+    model = Transformer(config.model, config.data.vocab_size, dtype)
+    bucket = Decoder([model], mesh, config.decoding, ()).buckets[-1]
+    beams = config.decoding.n_best if config.decoding.sampling else config.decoding.beam_size
+    boxed = abstract_parameters(model)
+    where = sharding.decode_shardings(mesh, sharding.logical_axes(transformer.unstack_axes(boxed)))
+    unstacked = jax.eval_shape(transformer.unstack, sharding.unboxed(boxed))
+    parameters = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), unstacked, where
+    )
+    source_BS = jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32)
+    mask_BS = jax.ShapeDtypeStruct(source_BS.shape, bool)
+
+    def start(parameters: Any, source_BS: jax.Array, mask_BS: jax.Array) -> DecodeCache:
+        return transformer.start_decoding(model, parameters, source_BS, mask_BS, beams=beams, length=bucket.room)
+
+    rows = sharding.batch_sharding(mesh)
+    heads = NamedSharding(mesh, sharding.spec_of(("activation_batch", "activation_heads", None, None)))
+    cache = jax.eval_shape(start, parameters, source_BS, mask_BS)
+    cache = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=heads if leaf.ndim == 4 else rows),
+        cache._replace(position=None),
+    )
+    tokens_BW = jax.ShapeDtypeStruct((bucket.rows, beams), jnp.int32, sharding=rows)
+
+    def step(shared: tuple[Any, jax.Array], split: tuple[DecodeCache, jax.Array]) -> tuple[DecodeCache, jax.Array]:
+        (parameters, position), (cache, tokens_BW) = shared, split
+        logits_BWV, cache = transformer.decode_step(model, parameters, tokens_BW, cache._replace(position=position))
+        return cache._replace(position=None), jnp.argmax(logits_BWV, axis=-1).astype(jnp.int32)
+
+    position = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+        program = jax.jit(sharding.per_device(step, mesh), donate_argnums=1)
+        compiled = _compiled(program.lower((parameters, position), (cache, tokens_BW)), mesh.size)
+    return DecodeStep(bucket, beams, bytes_on_a_device(parameters), bytes_on_a_device(cache), compiled)
+
+
+def bytes_on_a_device(placed: Any) -> float:
+    """Bytes that each device has of a tree of placed shapes."""
+    return float(sum(_shard_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(placed)))
+
+
+def _shard_size(leaf: Any) -> int:
+    size = 1
+    for n in leaf.sharding.shard_shape(leaf.shape):
+        size *= n
+    return size
+
+
+def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def state_bytes(trainer: Trainer) -> dict[str, float]:
+    """Bytes a device of the parameters, of the optimizer's state and of the parameters' moving average."""
+    state, where = trainer.abstract_state, trainer.state_shardings
+    return {
+        "parameters": bytes_on_a_device(jax.tree.map(_placed, state.parameters, where.parameters)),
+        "optimizer": bytes_on_a_device(jax.tree.map(_placed, state.optimizer, where.optimizer)),
+        "moving_average": 0.0 if state.ema is None else bytes_on_a_device(jax.tree.map(_placed, state.ema, where.ema)),
+    }
+
+
+def checkpoint_bytes(trainer: Trainer) -> float:
+    """Bytes of a checkpoint: the whole state, once."""
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract_state)))
+
+
+def _compiled(lowered: Any, devices: int) -> Compiled:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (told := _out_of_memory(str(error))) is None:
+            raise
+        raise told from error
+    memory = compiled.memory_analysis()
+    arguments, temporary = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
+    rest = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    return Compiled(arguments, temporary, arguments + temporary + rest, counts_of(compiled, devices))
+
+
+def counts_of(compiled: Any, devices: int) -> Counts:
+    """XLA's cost analysis of a compiled program, with what its loops leave out.
+
+    That analysis counts the body of a loop once. How much that leaves out is found in the program's text, where
+    operations and operands can be counted both ways; XLA's figures are raised by these two ratios.
+    """
+    cost = compiled.cost_analysis()
+    program = Program(compiled.as_text())
+    flops_once, flops = all_flops(program)
+    bytes_once, all_bytes = bytes_accessed(program)
+    collectives = tuple(collectives_of(program, devices))
+    calls = [
+        instruction
+        for _, instruction, _, _ in program.executed()
+        if instruction.opcode == "custom-call"
+        and "tpu_custom_call" in instruction.attributes
+        and "cost_estimate" not in instruction.attributes
+    ]
+    return Counts(
+        cost.get("flops", 0.0) * (flops / flops_once if flops_once else 1.0),
+        cost.get("bytes accessed", 0.0) * (all_bytes / bytes_once if bytes_once else 1.0),
+        copied_bytes_by_xla(program),
+        bytes_accessed(program, in_main_memory=True)[1],
+        collectives,
+        len(calls),
+        program.unknown_trips,
+    )
+
+
+def _out_of_memory(message: str) -> OutOfMemory | None:
+    """What the TPU compiler says it needs: `Used 20.51G of 15.75G hbm`."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if found is None:
+        return None
+    needed, room = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+    return OutOfMemory(needed, room)

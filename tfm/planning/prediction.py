@@ -1,0 +1,47 @@
+"""A step's time out of what it computes, reads and says: a prediction, made without the chips."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tfm.chips import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step, were each part of it at the chip's peak.
+
+    The truth is, at best, the largest of the three, where the chip does everything at once, and nearer to the sum where
+    one waits for the other. No program is at the peak all the time: a measured step takes longer than the first.
+    """
+
+    compute_seconds: float
+    memory_seconds: float
+    interconnect_seconds: float
+
+    @property
+    def largest_seconds(self) -> float:
+        return max(self.compute_seconds, self.memory_seconds, self.interconnect_seconds)
+
+    @property
+    def sum_seconds(self) -> float:
+        return self.compute_seconds + self.memory_seconds + self.interconnect_seconds
+
+    @property
+    def bound_by(self) -> str:
+        times = {
+            "compute": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "interconnect": self.interconnect_seconds,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def predict(chip: Chip, flops: float, main_memory_bytes: float, interconnect_seconds: float) -> Prediction:
+    """The prediction for a program's FLOPs and bytes on one chip, by the chip's peaks in `tfm.chips`."""
+    return Prediction(flops / chip.peak_flops, main_memory_bytes / chip.memory_bandwidth, interconnect_seconds)
+
+
+def utilisation(formula_flops: float, seconds: float, chip: Chip) -> float:
+    """MFU: the share of a chip's peak that the formula's FLOPs, on one chip, make up."""
+    return formula_flops / seconds / chip.peak_flops
