@@ -49,5 +49,5 @@ def get_config() -> Config:
             keep_last=5,
             keep_best=5,
         ),
-        decoding=DecodingConfig(max_source_length=128, tokens_per_batch=4096),
+        decoding=DecodingConfig(length_penalty=1.4, max_source_length=128, tokens_per_batch=4096),
     )

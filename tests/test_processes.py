@@ -278,7 +278,7 @@ def test_what_the_first_host_fails_at_ends_all(config_path, place, tmp_path):
         (["--hosts.coordinator=localhost:PORT", "--hosts.count=2"], "give all three"),
         (["--hosts.coordinator=localhost:PORT", "--hosts.count=2", "--hosts.index=2"], "expected 0 to 1"),
         (["--hosts.coordinator=localhost:PORT", "--hosts.count=2", "--hosts.index=1"], "no answer within"),
-        (["--hosts.coordinator=localhost:TAKEN", "--hosts.count=2", "--hosts.index=0"], "port free on the first host"),
+        (["--hosts.coordinator=localhost:TAKEN", "--hosts.count=2", "--hosts.index=0"], "cannot be listened on"),
     ],
 )
 def test_hosts_that_cannot_meet(config_path, tmp_path, options, message):

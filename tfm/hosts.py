@@ -100,6 +100,7 @@ def _let_others_end() -> None:
         for other in range(1, count()):
             left = max(1, int(1000 * (deadline - time.monotonic())))
             _client().blocking_key_value_get(f"tfm/ended/{other}", left)
+        time.sleep(1.0)  # they have said so, and are about to
 
 
 def _start(hosts: HostsConfig) -> bool:
@@ -111,6 +112,8 @@ def _start(hosts: HostsConfig) -> bool:
         raise ConfigError(f"hosts.coordinator={address}: expected HOST:PORT of the first host")
     if size is not None and number is not None and not 0 <= number < size:
         raise ConfigError(f"hosts.index={number}: expected 0 to {size - 1}, since hosts.count={size}")
+    if address is not None and number == 0:
+        _refuse_taken_port(address)
     if address is not None and size is not None and number:
         _wait_for_the_first(address, hosts.start_timeout)
     try:
@@ -139,6 +142,20 @@ def _start(hosts: HostsConfig) -> bool:
         ) from error
     _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
     return True
+
+
+def _refuse_taken_port(address: str) -> None:
+    """Raises InputError where something listens already; JAX might break down at its end after that."""
+    port = int(address.rpartition(":")[2])
+    try:
+        with socket.socket() as there:
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            there.bind(("", port))
+    except OSError as error:
+        raise InputError(
+            f"hosts.coordinator={address}: port {port} of this host cannot be listened on ({error.strerror}): take a "
+            "free port"
+        ) from error
 
 
 def _wait_for_the_first(address: str, seconds: float) -> None:
