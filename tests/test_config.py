@@ -39,7 +39,7 @@ AT_LEAST_ONE = names("""
     training.max_skipped_steps
     data.max_length_ratio
     decoding.beam_size decoding.n_best decoding.tokens_per_batch training.evaluate_beam_size
-    hosts.count hosts.start_timeout hosts.heartbeat_timeout
+    hosts.count hosts.start_timeout hosts.heartbeat_timeout mesh.slices
 """)
 NOT_NEGATIVE = names("""
     optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm data.segmentation_alpha
@@ -105,6 +105,7 @@ def test_every_field_has_a_rule_or_needs_none():
         "data.tokenizer",
         "data.drop_duplicates",
         "data.store",
+        "hosts.coordinator",
         "data.cache_dir",
         "training.initialize_from",
         "training.deterministic",
