@@ -34,6 +34,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.pop("TFDS_DATA_DIR", None)
 
+_CONFIG = """
+from pathlib import Path
+from tfm.config import from_json
+
+def get_config():
+    return from_json(Path(__file__).with_suffix(".json"))
+"""
 _WORDS = ("red", "blue", "green", "gold", "black", "white")
 
 
@@ -79,6 +86,21 @@ def tiny_config(reversal: Path) -> Callable[..., tfm_config.Config]:
 
     def make(changes: dict[str, object] | None = None) -> tfm_config.Config:
         return changed(base, changes or {}).validate()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def config_file(
+    tiny_config: Callable[..., tfm_config.Config], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[dict[str, object]], Path]:
+    """`config_file(changes)`: a file for `--config` with that tiny run."""
+
+    def make(changes: dict[str, object]) -> Path:
+        path = tmp_path_factory.mktemp("config") / "tiny.py"
+        path.write_text(_CONFIG)
+        path.with_suffix(".json").write_text(tiny_config(changes).to_json())
+        return path
 
     return make
 

@@ -24,13 +24,6 @@ from tfm.training.step import Trainer
 ROOT = Path(__file__).parents[1]
 STEPS = 12
 LIMIT = 170  # seconds in which a process has to be done
-CONFIG = """
-from pathlib import Path
-from tfm.config import from_json
-
-def get_config():
-    return from_json(Path(__file__).with_suffix(".json"))
-"""
 CHANGES = {
     **{"mesh.data": -1, "mesh.fsdp": 2, "optimizer.ema_decay": 0.9, "training.evaluate_sentences": 40},
     **{"training.steps": STEPS, "training.checkpoint_every": 4, "training.evaluate_every": STEPS},
@@ -117,11 +110,8 @@ def final_state(workdir: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def config_path(tiny_config, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(CONFIG)
-    path.with_suffix(".json").write_text(tiny_config(CHANGES).to_json())
-    return path
+def config_path(config_file) -> Path:
+    return config_file(CHANGES)
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,6 @@ from tfm.training.step import Trainer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 36
-CONFIG = """
-from pathlib import Path
-from tfm.config import from_json
-
-def get_config():
-    return from_json(Path(__file__).with_suffix(".json"))
-"""
 # Two devices that share parameters, dropout, accumulation, a moving average: whatever could go on in another way.
 CHANGES = {
     **{"model.attention_dropout_rate": 0.1, "model.activation_dropout_rate": 0.1, "optimizer.ema_decay": 0.9},
@@ -38,11 +31,8 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def config_path(tiny_config, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(CONFIG)
-    path.with_suffix(".json").write_text(tiny_config(CHANGES).to_json())
-    return path
+def config_path(config_file) -> Path:
+    return config_file(CHANGES)
 
 
 class Process:
