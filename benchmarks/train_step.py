@@ -47,7 +47,7 @@ def batch_of(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return source, target
 
 
-def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int) -> Step:
+def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int, devices: int) -> Step:
     import jax
 
     from tfm import sharding
@@ -73,7 +73,7 @@ def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int) -> Step:
         OptimizerConfig(),
         TrainingConfig(target_tokens_per_batch=rows * length, label_smoothing=SMOOTHING, unroll_layers=unroll),
     ).validate()
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, sharding.first_devices(devices))
     trainer = Trainer(config, Transformer(config.model, VOCAB, unroll=unroll), mesh)
     source, target = batch_of(rows, length)
     ones = np.ones_like(source)
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="PyTorch's; half and all of the processors if unset")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processors that all of it may use")
     parser.add_argument("--unroll-layers", type=int, default=LAYERS, help="tfm's training.unroll_layers")
+    parser.add_argument("--devices", type=int, help="that tfm makes of the CPU and shares rows out to; one a core if unset")
     parser.add_argument("--all-dropout", action="store_true", help="also of attention weights and inner features")
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument("--json", help="file for the results; - is standard output")
@@ -213,7 +214,11 @@ def main() -> None:
 def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:
     result = {"rows": rows, "length": length}
     # tfm comes first: it has the C library keep freed memory, from which PyTorch profits, too.
-    steps = {"tfm": tfm_step(rows, length, arguments.all_dropout, arguments.unroll_layers)}
+    steps = {
+        "tfm": tfm_step(
+            rows, length, arguments.all_dropout, arguments.unroll_layers, arguments.devices or arguments.cores
+        )
+    }
     if not arguments.without_torch:
         steps["torch"], result["torch"] = best_torch_step(
             rows, length, arguments.all_dropout, arguments.threads, arguments.tries

@@ -309,6 +309,19 @@ def test_a_length_penalty_prefers_the_longer_of_two_that_are_equally_likely():
 VOCAB, LONGEST = 5, 4
 
 
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_no_beam_search_finds_less_than_greedy_search(beams):
+    """On tables surer of later tokens than of the first: a search that let greedy's path go would find less on a few."""
+    surer = np.linspace(0.3, 5, 10)[None, :, None, None]
+    past = ByPast(np.random.default_rng(5).normal(size=(400, 10, ByPast.STATES, 20)) * surer)
+    cache, bounds = past.cache(1, 10), limits([9] * 400, least=[0, 3] * 200)
+    by_greedy = greedy(past.step, cache, bounds)
+    found = beam(past.step, past.cache(beams, 10), bounds, beams=beams, alpha=0.6)
+    scores, least = (of.log_probs_BW[:, 0] / length_penalty(of.lengths_BW[:, 0] + 1, 0.6) for of in (found, by_greedy))
+    assert np.all(scores >= least - 1e-5)
+    assert np.sum(scores > least + 1e-3) > 100
+
+
 def random_tables(count: int, seed: int, vocab: int = VOCAB, longest: int = LONGEST) -> ByPast:
     """Half of them of few different numbers, so that the end symbol ties with others, and whole hypotheses do."""
     generator = np.random.default_rng(seed)

@@ -224,6 +224,7 @@ class _Beams:
     parents_TBW: jax.Array  # and the beam, of the position before, that it went on from
     scores_BR: jax.Array  # of the complete hypotheses, the best first; -inf where there is none yet
     found_BR: _Found
+    greedy_B: jax.Array  # the beam that greedy search is on; -1 where greedy search has come to its end
     done_B: jax.Array  # can no living beam become one of the complete hypotheses any more?
     cache: Any
 
@@ -253,7 +254,8 @@ def beam(
     """Beam search for the hypotheses of the highest log-probability / `length_penalty`.
 
     At each step, the end symbol is tried after every living beam, and the `beams` likeliest of all other continuations
-    live on. A sentence is done when no living beam could beat the `n_best` complete ones, were all its further tokens
+    live on; what greedy search would write always does, in the place of the last of them if need be, so that no result
+    is worse than greedy's. A sentence is done when no living beam could beat the `n_best` complete ones, were all its further tokens
     certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
 
     Args:
@@ -284,12 +286,17 @@ def beam(
         scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
 
         log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWN, base_BW, beams)
+        best = _greedy_choice(state, vocabulary, logits_BWV, maxima_BWN, may_end_B1)
+        log_probs_BW, parents_BW, tokens_BW, greedy_B = _with_greedy(
+            (log_probs_BW, parents_BW, tokens_BW), base_BW, state.greedy_B, *best
+        )
         if limits.prefix_BT is not None:
             forced_log_prob_B1 = base_BW[:, :1] + vocabulary.logits_of(logits_BWV[:, :1], forced_B1.clip(0))
             first_1W = (jnp.arange(beams) == 0)[None]
             log_probs_BW = jnp.where(forced_B1 < 0, log_probs_BW, jnp.where(first_1W, forced_log_prob_B1, -jnp.inf))
             parents_BW = jnp.where(forced_B1 < 0, parents_BW, 0)
             tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
+            greedy_B = jnp.where(forced_B1[:, 0] < 0, greedy_B, 0)
         log_probs_BW = _no_nan(jnp.where((position < limits.most_B)[:, None], log_probs_BW, -jnp.inf))
 
         reach_B = jnp.max(log_probs_BW, axis=1) / longest_penalty_B
@@ -301,6 +308,7 @@ def beam(
             jax.lax.dynamic_update_index_in_dim(state.parents_TBW, parents_BW, position, axis=0),
             scores_BR,
             found_BR,
+            greedy_B,
             state.done_B | ((scores_BR[:, -1] >= reach_B) & (position < limits.patience_B)),
             cache.reorder(inner, parents_BW),
         )
@@ -317,12 +325,52 @@ def beam(
             jnp.zeros((batch, n_best), jnp.int32),
             jnp.zeros((batch, n_best), jnp.int32),
         ),
+        jnp.zeros((batch,), jnp.int32),
         jnp.zeros((batch,), bool),
         cache.start,
     )
     end = _run(step, lambda state: state.done_B, start, limits, length)
     tokens_BRT = _read_back(end, eos)
     return Hypotheses(tokens_BRT, end.found_BR.lengths, end.found_BR.log_probs, end.done_B)
+
+
+def _greedy_choice(
+    state: _Beams, vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What greedy search goes on with on its beam: the logit and the token [B, 1]; -inf where it ends or has ended."""
+    is_greedy_BW = jnp.arange(logits_BWV.shape[1])[None] == state.greedy_B[:, None]
+    on_its_beam_BW = jnp.where(is_greedy_BW, 0.0, -jnp.inf)
+    logit_B1, _, token_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWN, on_its_beam_BW, 1)
+    end_B1 = jnp.max(vocabulary.logits_of_end(logits_BWV) + on_its_beam_BW, axis=1, keepdims=True)
+    ends_B1 = may_end_B1 & ((end_B1 > logit_B1) | ((end_B1 == logit_B1) & (vocabulary.eos < token_B1)))
+    return jnp.where(ends_B1, -jnp.inf, logit_B1), token_B1
+
+
+def _with_greedy(
+    picks: tuple[jax.Array, jax.Array, jax.Array],
+    base_BW: jax.Array,
+    greedy_B: jax.Array,
+    logit_B1: jax.Array,
+    token_B1: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The picked log-probabilities, parents and tokens, greedy search's among them, and the beam that it is on now.
+
+    Where it is not one of the picks, it is no likelier than the last of them, and takes its place.
+    """
+    log_probs_BW, parents_BW, tokens_BW = picks
+    last, greedy_B1 = tokens_BW.shape[1] - 1, greedy_B[:, None]
+    goes_on_B1 = logit_B1 > -jnp.inf
+    is_it_BW = (parents_BW == greedy_B1) & (tokens_BW == token_B1)
+    missing_B1 = goes_on_B1 & ~jnp.any(is_it_BW, axis=1, keepdims=True)
+    here_BW = missing_B1 & (jnp.arange(last + 1) == last)[None]
+    log_prob_B1 = jnp.take_along_axis(base_BW, jnp.maximum(greedy_B1, 0), axis=1) + logit_B1
+    beam_B = jnp.where(missing_B1[:, 0], last, jnp.argmax(is_it_BW, axis=1))
+    return (
+        jnp.where(here_BW, log_prob_B1, log_probs_BW),
+        jnp.where(here_BW, greedy_B1, parents_BW),
+        jnp.where(here_BW, token_B1, tokens_BW),
+        jnp.where(goes_on_B1[:, 0], beam_B, -1).astype(jnp.int32),
+    )
 
 
 def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Array, _Found]:

@@ -21,7 +21,7 @@ from tfm.training.optimizer import make_optimizer, make_schedule
 Metrics = dict[str, jax.Array]
 
 # Logits that one device holds at a time: what a CPU's cache keeps; on accelerators, a small share of their memory.
-LOGITS_PER_CHUNK = {"cpu": 2**21, "accelerator": 2**28}
+LOGITS_PER_CHUNK = {"cpu": 2**22, "accelerator": 2**28}
 
 
 class TrainState(NamedTuple):
