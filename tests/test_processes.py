@@ -228,7 +228,7 @@ def test_a_stuck_host_is_ended_with_the_stacks_of_its_threads(config_path, place
     assert "Timeout" in program.said(1) and "in stuck" in program.said(1)
 
 
-def test_translate_on_two_hosts_is_translate_on_one(place, two, reversal):
+def test_two_hosts_translate_as_one_does_and_score_and_evaluate(place, two, reversal):
     source = reversal / "test.en"
     found = []
     for hosts, devices in ((1, 4), (2, 2)):
@@ -239,6 +239,14 @@ def test_translate_on_two_hosts_is_translate_on_one(place, two, reversal):
         found.append(output.read_text())
     assert found[0] == found[1]
     assert found[0].count("\n") == 100
+    rescored = place / "rescored"
+    files = [f"--source={source}", f"--target={place / 'translated-2'}", f"--output={rescored}"]
+    program = Program(place, "score", 2, 2, "-m", "tfm", "score", f"--workdir={two}", *files)
+    assert program.statuses() == [0, 0], program.said()
+    assert rescored.read_text().count("\n") == 100
+    program = Program(place, "evaluate", 2, 2, "-m", "tfm", "evaluate", f"--workdir={two}", "--decoding.beam_size=2")
+    assert program.statuses() == [0, 0], program.said()
+    assert "BLEU" in program.outputs[0].read_text() and program.outputs[1].read_bytes() == b""
     program = Program(place, "translate-stdin", 2, 2, "-m", "tfm", "translate", f"--workdir={two}")
     assert program.statuses() == [2, 2]
     assert "name it with --input" in program.said(0)

@@ -36,20 +36,31 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("evaluate", argv, Arguments)
-    sources, references = _pairs(arguments, config)
-    for path in (arguments.output, None if arguments.json in (None, "-") else Path(arguments.json)):
-        if path is not None:
-            _write(path, "")
-    from tfm import sharding
-    from tfm.decoding.scores import corpus_scores, tokenised_bleu
-    from tfm.decoding.translator import Translator
+    from tfm import hosts, sharding
 
     sharding.use_compilation_cache()
     sharding.decode_on_every_core()
+    with hosts.together(config):
+        _evaluate(arguments, config)
+    return 0
+
+
+def _evaluate(arguments: Arguments, config: Config) -> None:
+    from tfm import hosts
+    from tfm.decoding.scores import corpus_scores, tokenised_bleu
+    from tfm.decoding.translator import Translator
+
+    sources, references = _pairs(arguments, config)
+    if hosts.is_first():
+        for path in (arguments.output, None if arguments.json in (None, "-") else Path(arguments.json)):
+            if path is not None:
+                _write(path, "")
     translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
     start = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]
     seconds = time.perf_counter() - start
+    if not hosts.is_first():
+        return
     scores = corpus_scores(hypotheses, references)
     if (tokenised := tokenised_bleu(hypotheses, references, config.data.target_language)) is not None:
         scores["bleu_lowercased_tokenised"] = tokenised
@@ -67,12 +78,11 @@ def main(argv: list[str]) -> int:
     )
     if arguments.json == "-":
         print(report)
-        return 0
+        return
     if arguments.json is not None:
         _write(Path(arguments.json), report + "\n")
     for name, score in scores.items():
         print(f"{name:<26} {score.value:6.2f}   {score.signature}")
-    return 0
 
 
 def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:

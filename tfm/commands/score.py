@@ -38,7 +38,12 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("score", argv, Arguments)
+    from tfm import hosts, sharding
+
+    sharding.use_compilation_cache()
+    sharding.decode_on_every_core()
     with ExitStack() as stack:
+        stack.enter_context(hosts.together(config))
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
         if all(file.seekable() for file in files):
             counts = [sum(1 for _ in raw_lines(file)) for file in files]
@@ -49,18 +54,17 @@ def main(argv: list[str]) -> int:
                 )
             for file in files:
                 file.seek(0)
-        output = stack.enter_context(Output(arguments.output))
-        from tfm import sharding
+        output = stack.enter_context(Output(arguments.output)) if hosts.is_first() else None
         from tfm.decoding.translator import Translator
 
-        sharding.use_compilation_cache()
-        sharding.decode_on_every_core()
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()
         sources, targets = map(raw_lines, files)
         is_json = arguments.target.suffix == ".jsonl"
         given = _best_tokens(targets, arguments.target) if is_json else text_lines(targets)
         for window in translator.score_windows(text_lines(sources), given):
+            if output is None:
+                continue
             if arguments.format == "text":
                 output.write([f"{scored.log_prob:.6f}" for scored in window])
             else:
@@ -68,7 +72,8 @@ def main(argv: list[str]) -> int:
                 output.write(
                     [json_line({"line": first + i, **dataclasses.asdict(scored)}) for i, scored in enumerate(window)]
                 )
-    log_rate(translator, time.perf_counter() - start)
+        if output is not None:
+            log_rate(translator, time.perf_counter() - start)
     return 0
 
 
