@@ -18,8 +18,7 @@ from tfm import sharding
 from tfm.commands.options import parse
 from tfm.data.batches import TrainBatches
 from tfm.data.store import prepare, store_directory
-from tfm.model.transformer import Transformer, compute_dtype
-from tfm.training.step import Trainer
+from tfm.training.step import Trainer, training_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,7 @@ def main() -> None:
     arguments, config = parse("benchmarks/input_pipeline.py", sys.argv[1:], Arguments)
     store = prepare(config, store_directory(config, arguments.workdir))
     mesh = sharding.make_mesh(config.mesh)
-    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
-    model = Transformer(config.model, store.tokenizer.vocab_size, dtype, unroll=config.training.unroll_layers)
+    model = training_model(config, store.tokenizer.vocab_size, mesh.devices.flat[0].platform)
     trainer = Trainer(config, model, mesh)
     batches = TrainBatches(store, config.data.train_split, config)
     rows = sharding.batch_sharding(mesh)

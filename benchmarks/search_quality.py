@@ -111,10 +111,16 @@ def independence(workdir: Path, config: Config, lines: list[str], beam: int, dty
     settings = {"beam_size": beam, "n_best": 1}
     base = translate(workdir, config, lines, **settings)
     back = translate(workdir, config, shuffled, **settings)
+    many = f"on {DEVICES} devices"
+    on_many = translate(workdir, config, lines, DEVICES, **settings)
+    back_on_many = translate(workdir, config, shuffled, DEVICES, **settings)
+    bases = {many: base, f"in another order {many}": on_many, f"among other lines {many}": on_many}
     runs = {
         "in another order": [back[order.index(i)] for i in range(len(lines))],
         "among other lines": translate(workdir, config, mates, **settings)[::2],
-        f"on {DEVICES} devices": translate(workdir, config, lines, DEVICES, **settings),
+        many: on_many,
+        f"in another order {many}": [back_on_many[order.index(i)] for i in range(len(lines))],
+        f"among other lines {many}": translate(workdir, config, mates, DEVICES, **settings)[::2],
     }
     longest = config.decoding.max_source_length
     for sentences in (1, 7, 64):
@@ -123,7 +129,8 @@ def independence(workdir: Path, config: Config, lines: list[str], beam: int, dty
         )
     result = {}
     for name, found in runs.items():
-        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(base, found, strict=True), 1) if a.text != b.text]
+        both = zip(bases.get(name, base), found, strict=True)
+        pairs = [(i, a, b) for i, (a, b) in enumerate(both, 1) if a.text != b.text]
         result[name] = len(pairs)
         say(f"  {name}: {len(pairs)} of {len(lines)} lines differ")
         if dtype == "float32":

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="PyTorch's; half and all of the processors if unset")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processors that all of it may use")
     parser.add_argument("--unroll-layers", type=int, default=LAYERS, help="tfm's training.unroll_layers")
-    parser.add_argument("--devices", type=int, help="that tfm makes of the CPU and shares rows out to; one a core if unset")
+    parser.add_argument("--devices", type=int, help="that tfm makes of the CPU; one a core if unset")
     parser.add_argument("--all-dropout", action="store_true", help="also of attention weights and inner features")
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument("--json", help="file for the results; - is standard output")

@@ -52,8 +52,8 @@ SHARES = names("""
     optimizer.beta1 optimizer.beta2 optimizer.ema_decay optimizer.final_learning_rate training.label_smoothing
 """)
 CHOICES = names("""
-    model.norm model.activation model.tie_embeddings model.dtype data.tokenizer_model optimizer.name optimizer.schedule
-    training.best_metric training.remat decoding.ensemble_mean
+    model.norm model.activation model.tie_embeddings model.dtype model.attention data.tokenizer_model optimizer.name
+    optimizer.schedule training.best_metric training.remat decoding.ensemble_mean
 """)
 
 

@@ -63,6 +63,9 @@ class ModelConfig:
     """Share of the feed-forward block's inner features dropped, 0 to 1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
+    attention: Literal["auto", "plain"] = "auto"
+    """How attention is computed in training; auto is one fused kernel on TPUs, where it can take the sizes (bfloat16,
+    rows of 128 to 512 tokens in steps of 128, no attention dropout), and what XLA makes of the formula elsewhere."""
 
     @property
     def key_width(self) -> int:

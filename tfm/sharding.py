@@ -230,6 +230,24 @@ def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     )
 
 
+def per_device_and_head(function: Callable[..., jax.Array], per_head: Any, per_row: Any) -> jax.Array:
+    """`function(per_head, per_row)` over the rows and heads that each device of the mesh in scope has, as if alone.
+
+    Leaves are [B, L, H * K] per head, as is the result, and [B, L] per row. Without a mesh, the function as it is.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(per_head, per_row)
+    whole = spec_of(("activation_batch", "activation_length", "activation_heads"))
+    specs = (jax.tree.map(lambda _: whole, per_head), jax.tree.map(lambda _: PartitionSpec(*whole[:2]), per_row))
+    return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(per_head, per_row)
+
+
+def heads_on_a_device(heads: int) -> int:
+    """Attention heads that one device of the mesh in scope has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return heads if mesh.empty else heads // mesh.shape[RULES["activation_heads"]]
+
+
 def logical_axes(boxed: Any) -> Any:
     """Tree of logical axis names out of an abstract tree of parameters as Linen boxes them."""
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))

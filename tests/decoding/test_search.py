@@ -311,7 +311,7 @@ VOCAB, LONGEST = 5, 4
 
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_no_beam_search_finds_less_than_greedy_search(beams):
-    """On tables surer of later tokens than of the first: a search that let greedy's path go would find less on a few."""
+    """On tables surer of later tokens than of the first: losing sight of greedy's path costs something on a few."""
     surer = np.linspace(0.3, 5, 10)[None, :, None, None]
     past = ByPast(np.random.default_rng(5).normal(size=(400, 10, ByPast.STATES, 20)) * surer)
     cache, bounds = past.cache(1, 10), limits([9] * 400, least=[0, 3] * 200)

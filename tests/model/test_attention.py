@@ -11,6 +11,7 @@ from tfm.config import ModelConfig
 from tfm.model.attention import (
     MultiHeadAttention,
     Projection,
+    Sight,
     Tokens,
     attention_mask,
     dot_product_attention,
@@ -152,9 +153,11 @@ def test_multi_head_attention_against_numpy():
     x, memory = random(B, T, 12), random(B, S, 12, seed=1)
     mask = np.ones((B, T, S), bool)
     mask[:, :, -3:] = False
-    parameters = module.init(jax.random.key(0), x, memory, mask, None, 4)["params"]
+    seen = jnp.asarray(mask[:, 0].astype(np.int32))
+    sight = Sight.of(Tokens(jnp.ones((B, T), int), jnp.zeros((B, T), int)), Tokens(seen, seen), causal=False)
+    parameters = module.init(jax.random.key(0), x, memory, sight, None, 4)["params"]
     parameters = jax.tree.map(lambda box: box.value, parameters, is_leaf=lambda leaf: hasattr(leaf, "names"))
-    out = module.apply({"params": parameters}, x, memory, mask, None, 4)
+    out = module.apply({"params": parameters}, x, memory, sight, None, 4)
     assert {name: sorted(part) for name, part in parameters.items()} == {
         name: ["kernel"] for name in ("query", "key", "value", "output")
     }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tfm.config import ModelConfig
+from tfm.model.attention import Sight, Tokens
 from tfm.model.dropout import dropout_key
 from tfm.model.layers import (
     DecoderLayer,
@@ -104,6 +105,11 @@ def test_feed_forward_against_numpy(activation, function):
     np.testing.assert_allclose(y, inner @ p["outer"]["kernel"] + p["outer"]["bias"], rtol=1e-4, atol=1e-4)
 
 
+def all_seen(queries: int, keys: int) -> Sight:
+    where = (Tokens(jnp.ones((B, length), jnp.int32), jnp.zeros((B, length), jnp.int32)) for length in (queries, keys))
+    return Sight.of(*where, causal=False)
+
+
 def apply(layer: EncoderLayer | DecoderLayer, parameters, inputs, key=None) -> jax.Array:
     return jax.jit(layer.apply)({"params": parameters}, *inputs, key)
 
@@ -111,9 +117,9 @@ def apply(layer: EncoderLayer | DecoderLayer, parameters, inputs, key=None) -> j
 def layer_and_inputs(kind: type, **fields):
     layer = kind(config(**fields), FLOAT32)
     if kind is EncoderLayer:
-        inputs = (random(B, S, D), jnp.ones((B, S, S), bool))
+        inputs = (random(B, S, D), all_seen(S, S))
     else:
-        inputs = (random(B, T, D), random(B, S, D, seed=1), jnp.ones((B, T, T), bool), jnp.ones((B, T, S), bool))
+        inputs = (random(B, T, D), random(B, S, D, seed=1), all_seen(T, T), all_seen(T, S))
     parameters = unboxed(jax.jit(layer.init)(jax.random.key(0), *inputs, None)["params"])
     return layer, parameters, inputs
 

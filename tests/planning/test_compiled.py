@@ -1,12 +1,24 @@
 """What the compiler is asked and what it answers, on simulated devices."""
 
+import re
+from importlib.util import find_spec
+
 import jax
 import pytest
 
 from tfm import sharding
 from tfm.config import MeshConfig
 from tfm.planning import compiled
-from tfm.planning.compiled import activation_bytes, checkpoint_bytes, compile_decode_step, state_bytes, trainer_for
+from tfm.planning.compiled import (
+    abstract_batch,
+    activation_bytes,
+    checkpoint_bytes,
+    compile_decode_step,
+    state_bytes,
+    trainer_for,
+)
+from tfm.planning.hlo import Program
+from tfm.planning.topology import devices_of, topology_of
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +62,22 @@ def test_what_the_tpu_compiler_says_of_its_memory():
     told = compiled._out_of_memory(message)
     assert (told.needed, told.room) == (20.5 * 2**30, 15.75 * 2**30)
     assert compiled._out_of_memory("INTERNAL: something else") is None
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
+@pytest.mark.parametrize("length", [32, 128])  # with and without the kernel
+def test_the_step_for_a_tpu_has_no_large_logits_no_generator_and_gives_its_state_away(tiny_config, length):
+    sizes = {"data.source_row_length": length, "data.target_row_length": length}
+    sizes |= {"training.target_tokens_per_batch": 128 * length, "model.d_model": 128}
+    mesh = sharding.make_mesh(MeshConfig(), devices_of(topology_of("v5e:4x4")))
+    trainer = trainer_for(tiny_config(sizes), mesh)
+    state = jax.tree.map(compiled._placed, trainer.abstract_state, trainer.state_shardings)
+    with jax.set_mesh(mesh):
+        text = trainer.train_step.lower(state, abstract_batch(trainer)).compile().as_text()
+    assert "rng-bit-generator" not in text
+    assert text.partition("entry_computation_layout")[0].count("may-alias") == len(jax.tree.leaves(state))
+    assert ("tpu_custom_call" in text) == (length == 128)
+    program = Program(text)
+    shapes = [instruction.shape for _, instruction, _, fused in program.executed() if not fused]
+    assert any("bf16" in shape and "384]" in shape for shape in shapes)  # logits, of a vocabulary of 300 padded
+    assert not [shape for shape in shapes if re.search(rf"f32\[(8,{length}|{8 * length}),384\]", shape)]

@@ -24,8 +24,8 @@ from tfm.config import Config
 from tfm.data.batches import Batch, TrainBatches
 from tfm.data.store import prepare
 from tfm.model.flops import train_step_flops
-from tfm.model.transformer import Transformer, compute_dtype, count_parameters
-from tfm.training.step import Trainer, TrainState
+from tfm.model.transformer import count_parameters
+from tfm.training.step import Trainer, TrainState, training_model
 
 _log = logging.getLogger(__name__)
 
@@ -82,9 +82,7 @@ def workload(config: Config, lengths: Lengths) -> Iterator[Workload]:
 
 def trainer_of(config: Config, vocab_size: int, mesh: Mesh) -> Trainer:
     """The trainer of a run with this config, as `tfm train` makes it."""
-    training, dtype = config.training, compute_dtype(config.model, mesh.devices.flat[0].platform)
-    model = Transformer(config.model, vocab_size, dtype, training.remat, training.unroll_layers)
-    return Trainer(config, model, mesh)
+    return Trainer(config, training_model(config, vocab_size, mesh.devices.flat[0].platform), mesh)
 
 
 def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, peak: MatmulPeak) -> dict[str, Any]:
@@ -211,7 +209,9 @@ def unrolled_flops(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     training = dataclasses.replace(
         config.training, unroll_layers=depth, gradient_accumulation=1, target_tokens_per_batch=tokens
     )
-    trainer = trainer_of(dataclasses.replace(config, training=training), vocab_size, mesh)
+    # And without kernels, of which XLA knows nothing but what they declare.
+    model = dataclasses.replace(config.model, attention="plain")
+    trainer = trainer_of(dataclasses.replace(config, model=model, training=training), vocab_size, mesh)
     trainer.logits_per_chunk = _NO_CHUNKS
     rows, data = config.rows_per_batch, config.data
     source = jax.ShapeDtypeStruct((rows, data.source_row_length), np.int32)

@@ -255,8 +255,8 @@ def beam(
 
     At each step, the end symbol is tried after every living beam, and the `beams` likeliest of all other continuations
     live on; what greedy search would write always does, in the place of the last of them if need be, so that no result
-    is worse than greedy's. A sentence is done when no living beam could beat the `n_best` complete ones, were all its further tokens
-    certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
+    is worse than greedy's. A sentence is done when no living beam could beat the `n_best` complete ones, were all its
+    further tokens certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
 
     Args:
       step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache.

@@ -1,12 +1,14 @@
 """Masks, scaled dot-product attention and multi-head attention (Vaswani et al., 2017, sections 3.2.1 to 3.2.3).
 
-Attention is told segment ids, positions and whether it is causal, never a dense mask: the mask is built inside the path
-that needs one, so that a flash kernel can take that path's place.
+Attention is told segment ids, positions and whether it is causal (`Sight`). The path that XLA compiles goes by a mask
+that is made of them; a fused kernel, which does without, takes its place on TPUs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,6 +38,22 @@ def attention_mask(queries: Tokens, keys: Tokens, *, causal: bool) -> jax.Array:
     return mask_BTS
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["queries", "keys", "mask_BTS"], meta_fields=["causal", "fused"])
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys each query may see."""
+
+    queries: Tokens
+    keys: Tokens
+    causal: bool
+    mask_BTS: jax.Array  # of `attention_mask`
+    fused: bool  # may a kernel for TPUs take the place of what XLA compiles?
+
+    @classmethod
+    def of(cls, queries: Tokens, keys: Tokens, *, causal: bool, fused: bool = False) -> Sight:
+        return cls(queries, keys, causal, attention_mask(queries, keys, causal=causal), fused)
+
+
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """float32 means float32 on every device: without this, accelerators would round the operands."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -61,6 +79,17 @@ def dot_product_attention(
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK, precision=precision)
 
 
+def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
+    """What the kernel makes of it; None where it cannot take such sizes."""
+    from tfm.model.fused_attention import fits, fused_attention  # Pallas takes half a second to import
+
+    flat, width = [x.reshape(*x.shape[:2], -1) for x in (q_BTHK, k_BSHK, v_BSHK)], q_BTHK.shape[-1]
+    if not fits(*flat, width):
+        return None
+    segments = sight.queries.segments_BL, sight.keys.segments_BL
+    return fused_attention(*flat, *segments, width=width, causal=sight.causal).reshape(q_BTHK.shape)
+
+
 class Projection(nn.Module):
     """A matrix product over the last `len(in_shape)` dimensions, with or without a bias.
 
@@ -80,13 +109,13 @@ class Projection(nn.Module):
         initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inner, out_axis=outer)
         shape = self.in_shape + self.out_shape
         kernel = self.param("kernel", nn.with_logical_partitioning(initializer, self.axes), shape, jnp.float32)
-        contracted = tuple(range(x.ndim - len(self.in_shape), x.ndim))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            ((contracted, inner), ((), ())),
+        # As one plain matrix product: of several dimensions, compilers make layouts that have to be copied again.
+        rows = x.shape[: x.ndim - len(self.in_shape)]
+        y = jnp.matmul(
+            x.astype(self.dtype).reshape(*rows, math.prod(self.in_shape)),
+            kernel.astype(self.dtype).reshape(math.prod(self.in_shape), math.prod(self.out_shape)),
             precision=matmul_precision(self.dtype),
-        )
+        ).reshape(*rows, *self.out_shape)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
             bias = self.param("bias", zeros, self.out_shape, jnp.float32)
@@ -142,17 +171,19 @@ class MultiHeadAttention(nn.Module):
         return constrain(self.key(memory_BSD), *axes), constrain(self.value(memory_BSD), *axes)
 
     def __call__(
-        self, x_BTD: jax.Array, memory_BSD: jax.Array, mask_BTS: jax.Array, key: DropoutKey | None, site: int
+        self, x_BTD: jax.Array, memory_BSD: jax.Array, sight: Sight, key: DropoutKey | None, site: int
     ) -> jax.Array:
         """[B, T, D]: what each position of `x` takes from `memory`, which is `x` itself in self-attention."""
         q_BTHK = constrain(
             self.query(x_BTD), "activation_batch", "activation_length", "activation_heads", "activation_kv"
         )
         k_BSHK, v_BSHK = self.keys_and_values(memory_BSD)
-        rate = self.config.attention_dropout_rate
-        out_BTHK = dot_product_attention(
-            q_BTHK, k_BSHK, v_BSHK, mask_BTS, dropout_rate=rate, dropout_key=key, site=site
-        )
+        rate = self.config.attention_dropout_rate if key is not None else 0.0
+        out_BTHK = _fused(q_BTHK, k_BSHK, v_BSHK, sight) if sight.fused and rate == 0.0 else None
+        if out_BTHK is None:
+            out_BTHK = dot_product_attention(
+                q_BTHK, k_BSHK, v_BSHK, sight.mask_BTS, dropout_rate=rate, dropout_key=key, site=site
+            )
         return self.output(out_BTHK)
 
     def decode_self(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfm.config import ModelConfig
-from tfm.model.attention import LayerCache, MultiHeadAttention, Projection, matmul_precision
+from tfm.model.attention import LayerCache, MultiHeadAttention, Projection, Sight, matmul_precision
 from tfm.model.dropout import DropoutKey, dropout
 from tfm.sharding import constrain
 
@@ -125,9 +125,9 @@ class EncoderLayer(_Layer):
         self.feed_forward = FeedForward(self.config, self.dtype)
         self.feed_forward_norm = LayerNorm(self.dtype)
 
-    def __call__(self, x_BSD: jax.Array, mask_BSS: jax.Array, key: DropoutKey | None) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, sight: Sight, key: DropoutKey | None) -> jax.Array:
         def attend(x: jax.Array) -> jax.Array:
-            return self.self_attention(x, x, mask_BSS, key, _SITES["self_weights"])
+            return self.self_attention(x, x, sight, key, _SITES["self_weights"])
 
         x_BSD = self.residual(x_BSD, self.self_norm, attend, key, "self")
         return self.residual(x_BSD, self.feed_forward_norm, lambda x: self.feed_forward(x, key), key, "mlp")
@@ -146,15 +146,15 @@ class DecoderLayer(_Layer):
         self,
         x_BTD: jax.Array,
         memory_BSD: jax.Array,
-        self_mask_BTT: jax.Array,
-        cross_mask_BTS: jax.Array,
+        self_sight: Sight,
+        cross_sight: Sight,
         key: DropoutKey | None,
     ) -> jax.Array:
         def attend(x: jax.Array) -> jax.Array:
-            return self.self_attention(x, x, self_mask_BTT, key, _SITES["self_weights"])
+            return self.self_attention(x, x, self_sight, key, _SITES["self_weights"])
 
         def look(x: jax.Array) -> jax.Array:
-            return self.cross_attention(x, memory_BSD, cross_mask_BTS, key, _SITES["cross_weights"])
+            return self.cross_attention(x, memory_BSD, cross_sight, key, _SITES["cross_weights"])
 
         x_BTD = self.residual(x_BTD, self.self_norm, attend, key, "self")
         x_BTD = self.residual(x_BTD, self.cross_norm, look, key, "cross")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfm.config import ModelConfig
-from tfm.model.attention import LayerCache, Tokens, attention_mask
+from tfm.model.attention import LayerCache, Sight, Tokens
 from tfm.model.dropout import DropoutKey
 from tfm.model.layers import DecoderLayer, Embedding, EncoderLayer, LayerNorm, padded_vocab_size
 
@@ -43,7 +43,7 @@ class _Stack(nn.Module):
     unroll: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: tuple[jax.Array, ...], key: DropoutKey | None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: tuple[Any, ...], key: DropoutKey | None) -> jax.Array:
         def apply_layer(layer: Any, x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
             return layer(x, *context, None if key is None else key.fold_in(index)), None
 
@@ -71,6 +71,7 @@ class Transformer(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     unroll: int = 1
+    fused_attention: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -86,10 +87,10 @@ class Transformer(nn.Module):
 
     def encode(self, tokens_BS: jax.Array, source: Tokens, key: DropoutKey | None = None) -> jax.Array:
         """Memory [B, S, D]."""
-        mask_BSS = attention_mask(source, source, causal=False)
+        sight = Sight.of(source, source, causal=False, fused=self.fused_attention)
         key = None if key is None else key.fold_in(0)
         x_BSD = self.source_embedding(tokens_BS, source.positions_BL, key)
-        return self.encoder(x_BSD, (mask_BSS,), key)
+        return self.encoder(x_BSD, (sight,), key)
 
     def decode(
         self,
@@ -100,11 +101,11 @@ class Transformer(nn.Module):
         key: DropoutKey | None = None,
     ) -> jax.Array:
         """The last layer's output [B, T, D] at every target position; `tokens` are the inputs, each shifted right."""
-        self_mask_BTT = attention_mask(target, target, causal=True)
-        cross_mask_BTS = attention_mask(target, source, causal=False)
+        self_sight = Sight.of(target, target, causal=True, fused=self.fused_attention)
+        cross_sight = Sight.of(target, source, causal=False, fused=self.fused_attention)
         key = None if key is None else key.fold_in(1)
         x_BTD = self.target_embedding(tokens_BT, target.positions_BL, key)
-        return self.decoder(x_BTD, (memory_BSD, self_mask_BTT, cross_mask_BTS), key)
+        return self.decoder(x_BTD, (memory_BSD, self_sight, cross_sight), key)
 
     def __call__(
         self,
@@ -255,10 +256,10 @@ def decode_forced(
     target = Tokens(jnp.ones_like(target_inputs_BT), positions_1T)
     embedding = Embedding(c, model.vocab_size, dtype)
     x_BTD = embedding.apply({"params": unstacked["target_embedding"]}, target_inputs_BT, positions_1T, None)
-    self_mask_BTT = attention_mask(target, target, causal=True)
-    cross_mask_BTS = attention_mask(target, source, causal=False)
+    self_sight = Sight.of(target, target, causal=True)
+    cross_sight = Sight.of(target, source, causal=False)
     for layer in unstacked["decoder"]["layers"]:
-        x_BTD = DecoderLayer(c, dtype).apply({"params": layer}, x_BTD, memory_BSD, self_mask_BTT, cross_mask_BTS, None)
+        x_BTD = DecoderLayer(c, dtype).apply({"params": layer}, x_BTD, memory_BSD, self_sight, cross_sight, None)
     return x_BTD
 
 
@@ -278,9 +279,9 @@ def _encode_unstacked(
     source = Tokens(mask_BS.astype(jnp.int32), positions_1S)
     table = unstacked["target_embedding" if c.tie_embeddings == "all" else "source_embedding"]
     x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, tokens_BS, positions_1S, None)
-    mask_BSS = attention_mask(source, source, causal=False)
+    sight = Sight.of(source, source, causal=False)
     for layer in unstacked["encoder"]["layers"]:
-        x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, mask_BSS, None)
+        x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, sight, None)
     return _final_norm(model, unstacked["encoder"], x_BSD), source
 
 

@@ -20,7 +20,7 @@ from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters,
 from tfm.planning.collectives import Collective, collectives_of
 from tfm.planning.costs import all_flops, bytes_accessed, copied_bytes_by_xla
 from tfm.planning.hlo import Program
-from tfm.training.step import Trainer
+from tfm.training.step import Trainer, training_model
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
@@ -73,9 +73,7 @@ def trainer_for(config: Config, mesh: Mesh) -> Trainer:
     Raises:
       ConfigError: rows or parameters that the mesh does not divide.
     """
-    training = config.training
-    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
-    model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, training.unroll_layers)
+    model = training_model(config, config.data.vocab_size, mesh.devices.flat[0].platform)
     return Trainer(config, model, mesh)
 
 

@@ -82,6 +82,7 @@ def _keep_off_the_network() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used that another program could want
     }.items():
         os.environ.setdefault(name, value)
 

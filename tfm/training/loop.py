@@ -25,10 +25,10 @@ from tfm.data.batches import Batch, TrainBatches, validation_batches
 from tfm.data.store import TokenStore, open_store, prepare, store_directory
 from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
-from tfm.model.transformer import Transformer, compute_dtype, count_parameters
+from tfm.model.transformer import count_parameters
 from tfm.training.metrics import MetricsWriter, read_events
 from tfm.training.signals import StopRequest, stop_signals
-from tfm.training.step import Trainer, TrainState
+from tfm.training.step import Trainer, TrainState, training_model
 
 _log = logging.getLogger(__name__)
 
@@ -66,13 +66,7 @@ class Run:
         mesh = self.mesh = sharding.make_mesh(config.mesh)
         initial = _run_to_start_from(config, run)
         store = _prepared(config, run, initial)
-        self.model = Transformer(
-            config.model,
-            store.tokenizer.vocab_size,
-            compute_dtype(config.model, mesh.devices.flat[0].platform),
-            config.training.remat,
-            config.training.unroll_layers,
-        )
+        self.model = training_model(config, store.tokenizer.vocab_size, mesh.devices.flat[0].platform)
         self.trainer = Trainer(config, self.model, mesh)
         self.batches = TrainBatches(store, config.data.train_split, config)
         self.validation = validation_batches(store, config.data.validation_split, config)

@@ -71,8 +71,11 @@ def _sums(
     def chunk(total: tuple[LossSums, jax.Array | None], piece: tuple[jax.Array, ...]) -> tuple:
         sums, table_gradient_VD = total
         x_BCD, targets_BC, weights_BC = piece
-        logits_BCV = jnp.einsum("BCD,VD->BCV", x_BCD, table, precision=precision, preferred_element_type=jnp.float32)
+        # For a gradient, logits lie in memory in the dtype of the products; all sums of them are float32 in any case.
+        kept_as = dtype if with_gradient else jnp.float32
+        logits_BCV = jnp.einsum("BCD,VD->BCV", x_BCD, table, precision=precision, preferred_element_type=kept_as)
         logits_BCV = constrain(logits_BCV, "activation_batch", "activation_length", "activation_vocab")
+        logits_BCV = logits_BCV.astype(jnp.float32)
         logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -1e9)
         is_target_BCV = ids_V == targets_BC[..., None]
         # One pass each: maximum, then everything that sums over the vocabulary.

@@ -14,7 +14,13 @@ from tfm.config import Config, ConfigError
 from tfm.data.batches import Batch
 from tfm.model.attention import Tokens
 from tfm.model.dropout import DropoutKey, dropout_key
-from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, output_table
+from tfm.model.transformer import (
+    Transformer,
+    abstract_parameters,
+    compute_dtype,
+    init_parameters,
+    output_table,
+)
 from tfm.training.loss import LossSums, chunks_for, cross_entropy
 from tfm.training.optimizer import make_optimizer, make_schedule
 
@@ -37,6 +43,18 @@ class TrainState(NamedTuple):
     def averaged(self) -> Any:
         """The parameters that evaluation and translation use."""
         return self.parameters if self.ema is None else self.ema
+
+
+def training_model(config: Config, vocab_size: int, platform: str) -> Transformer:
+    """The model as a run trains it on devices of a platform ("cpu", "gpu", "tpu")."""
+    return Transformer(
+        config.model,
+        vocab_size,
+        compute_dtype(config.model, platform),
+        config.training.remat,
+        config.training.unroll_layers,
+        fused_attention=platform == "tpu" and config.model.attention == "auto",
+    )
 
 
 class Trainer:
