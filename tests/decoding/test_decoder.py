@@ -1,6 +1,9 @@
 """The compiled decode: as the model says, in few shapes, the same on any mesh and in any company."""
 
 import dataclasses
+import re
+from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,11 @@ import pytest
 
 from tfm.config import ConfigError, DecodingConfig, MeshConfig, ModelConfig
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
-from tfm.decoding.decoder import Bucket, Decoder, bucket_of
+from tfm.decoding.decoder import Bucket, Decoder, Rows, bucket_of
 from tfm.model.attention import Tokens
 from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack, unstack_axes
+from tfm.planning.hlo import Program
+from tfm.planning.topology import devices_of, topology_of
 from tfm.sharding import make_mesh, unboxed
 
 VOCAB = 100
@@ -22,6 +27,7 @@ MODEL = Transformer(
 CONFIG = DecodingConfig(beam_size=1, max_source_length=24, tokens_per_batch=128, max_extra_tokens=EXTRA)
 BEAM = dataclasses.replace(CONFIG, beam_size=4, n_best=3)
 BANNED = (PAD, BOS, UNK)
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -255,8 +261,26 @@ def test_a_device_stops_by_itself_without_a_word_to_the_others(parameters):
     [program] = decoder._compiled.values()
     text = program.as_text()
     assert "while(" in text
-    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
-        assert collective not in text
+    assert not re.search(COLLECTIVES, text)
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
+def test_on_a_slice_of_tpus_nothing_is_said_either_and_the_cache_is_updated_in_place():
+    decoder = Decoder([MODEL], make_mesh(MeshConfig(), devices_of(topology_of("v5e:4x4"))), BEAM, BANNED)
+    decoder._parameters = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(decoder._laid_out, (unboxed(abstract_parameters(MODEL)),)),
+        decoder._shardings,
+    )
+    bucket = decoder.buckets[-1]
+    rows = Rows(np.zeros((bucket.rows, bucket.length), np.int32))
+    text = decoder._program(partial(decoder._search, bucket), "search", bucket, rows).as_text()
+    assert "while(" in text and not re.search(COLLECTIVES, text)
+    cache = rf"\w+\[{bucket.rows // 16},{MODEL.config.num_heads},{bucket.room * BEAM.beam_size},\d+\]"
+    bodies = [Program(text).computations[name] for name in re.findall(r"body=%?([\w.-]+)", text)]
+    instructions = [its for body in bodies for its in body.instructions.values() if re.match(cache, its.shape)]
+    assert sum("dynamic-update-slice" in its.opcode + its.name for its in instructions) == 2  # keys and values
+    assert not [its.name for its in instructions if its.opcode.startswith("copy")]
 
 
 def test_a_prefix_is_what_the_translation_begins_with(beam_decoder, sentences, n_best):
