@@ -34,6 +34,8 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         write_json({}, str(tmp_path / "none" / "a.json"))
     with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
         check_writable(tmp_path / "none" / "a.json")
+    check_writable(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_versions_are_of_what_decides_about_speed():

@@ -145,9 +145,12 @@ def _cell(value: float | None, unit: float, digits: int) -> str:
 
 def check_writable(path: Path) -> None:
     """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
+    is_new = not path.exists()
     try:
         with path.open("ab"):
             pass
+        if is_new:  # what fails later should not leave an empty file
+            path.unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
