@@ -5,7 +5,9 @@
 Every process runs `tfm train` on simulated devices of the CPU (2x4: two processes with four each). Each hashes the rows
 that lie on its devices, all fields of them, and what the processes of a run hold is put together to the global batch.
 
-1. 2x4 against 1x8: the hashes of the global batches, and the logged losses.
+1. 2x4 against 1x8: the hashes of the global batches, and the logged losses. The devices of one process are summed over
+   in another order than those of several, so 1x8 runs twice: as anyone would start it, and with the sums that several
+   processes have (Gloo's). The second shows what several processes change, the first what the order does to float32.
 2. The checkpoint that 2x4 saved at `--resume_after`, gone on with by 1x8, 1x4, 4x1 and 1x1: the same, from there on.
 3. One of two processes killed with SIGKILL, `--kills` times, at a random moment after a random step, and both started
    again: where they go on from, the losses in the end, and the arrays of the last checkpoint.
@@ -89,11 +91,13 @@ class Bench:
             *("--optimizer.schedule=inverse_sqrt", "--training.unroll_layers=1", "--training.log_every=1", *more),
         ]
 
-    def run(self, name: str, layout: str) -> Run:
-        """The run of that name, its processes started and waited for."""
+    def run(self, name: str, layout: str, with_gloo: bool = False) -> Run:
+        """The run of that name, its processes started and waited for; unless it is complete."""
         run = Run(self, name)
+        if self.steps in run.saved() and run.losses("validation"):
+            return run
         start = time.monotonic()
-        program = run.start(layout)
+        program = run.start(layout, with_gloo)
         statuses = program.wait(LIMIT)
         if any(statuses):
             raise SystemExit(f"{name}: statuses {statuses}\n" + "\n".join(map(program.said, range(len(statuses)))))
@@ -108,9 +112,9 @@ class Run:
         self.bench, self.name, self.starts = bench, name, 0
         self.workdir = bench.place / name
 
-    def start(self, layout: str) -> Program:
+    def start(self, layout: str, with_gloo: bool = False) -> Program:
         self.starts += 1
-        return Program(self, *map(int, layout.split("x")))
+        return Program(self, *map(int, layout.split("x")), with_gloo)
 
     def events(self) -> list[dict]:
         path = self.workdir / "metrics.jsonl"
@@ -171,7 +175,8 @@ class Run:
 class Program:
     """The processes of one start of a run."""
 
-    def __init__(self, run: Run, hosts: int, devices: int):
+    def __init__(self, run: Run, hosts: int, devices: int, with_gloo: bool):
+        """`with_gloo`: one process starts as one of several would."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -191,7 +196,7 @@ class Program:
             with self.errors[host].open("wb") as errors:
                 self.processes.append(
                     subprocess.Popen(
-                        command + (options if hosts > 1 else []),
+                        command + (options if hosts > 1 or with_gloo else []),
                         env=os.environ | environment,
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
@@ -252,6 +257,9 @@ def killed(bench: Bench, whole: Run, kills: int, seed: int, checkpoint_every: in
     """A run of 2x4, one of whose processes is killed again and again."""
     generator = random.Random(seed)
     run = Run(bench, "killed")
+    shutil.rmtree(run.workdir, ignore_errors=True)
+    for path in bench.place.glob("killed-*"):
+        path.unlink()
     ends = []
     program, first = run.start("2x4"), 0
     for number in range(kills):
@@ -319,7 +327,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=512, help="training.target_tokens_per_batch")
     parser.add_argument("--seed", type=int, help="of the moments and of the processes that are killed; random if unset")
-    parser.add_argument("--workdir", type=Path, help="place for the runs, which stay there; a temporary one if unset")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        help="place for the runs, which stay; all but the killed one are taken up again; a temporary one if unset",
+    )
     parser.add_argument("--json", help="file for the results; - is standard output")
     arguments, more = parser.parse_known_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -350,17 +362,20 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> dict:
     one = bench.run("one", f"1x{DEVICES}")
     two = bench.run("two", f"2x{DEVICES // 2}")
     report["batches_sha256"] = hashlib.sha256("".join(one.batches().values()).encode()).hexdigest()
-    report["two_as_one"] = compared(two, one)
+    report["two_as_one"] = compared(two, bench.run("one-gloo", f"1x{DEVICES}", with_gloo=True))
+    report["two_as_one_summed_in_another_order"] = compared(two, one)
     report["resumed"] = {}
     for layout in arguments.resume_on:
         name = f"resumed-{layout}"
-        shutil.copytree(two.workdir, bench.place / name)
-        for step in two.saved():
-            if step > arguments.resume_after:
-                shutil.rmtree(bench.place / name / "checkpoints" / str(step))
+        if not (bench.place / name).exists():
+            shutil.copytree(two.workdir, bench.place / name)
+            for step in two.saved():
+                if step > arguments.resume_after:
+                    shutil.rmtree(bench.place / name / "checkpoints" / str(step))
         report["resumed"][layout] = compared(bench.run(name, layout), two, arguments.resume_after)
     holds = {
         "two_as_one_within_1e-6": _same(report["two_as_one"], 1e-6),
+        "two_as_one_summed_in_another_order_within_1e-5": _same(report["two_as_one_summed_in_another_order"], 1e-5),
         "resumed_within_1e-5": all(_same(found, 1e-5) for found in report["resumed"].values()),
     }
     if arguments.kills:
