@@ -107,6 +107,10 @@ def test_a_host_that_ends_knows_of_whom_nothing_is_heard(monkeypatch):
     assert hosts._let_others_end() == [0]
 
 
+def test_hosts_notice_a_dead_one_early_enough_to_end_in_time():
+    assert [hosts._patience(seconds) for seconds in (1, 2, 10, 100)] == [1, 1, 9, 90]
+
+
 def test_a_run_remembers_no_hosts(tmp_path):
     from tfm.checkpoint import RunDirectory
 

@@ -138,7 +138,7 @@ def _start(hosts: HostsConfig) -> bool:
             num_processes=size,
             process_id=number,
             initialization_timeout=hosts.start_timeout,
-            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+            heartbeat_timeout_seconds=_patience(hosts.heartbeat_timeout),
             shutdown_timeout_seconds=hosts.heartbeat_timeout,
         )
     except ValueError as error:
@@ -158,6 +158,11 @@ def _start(hosts: HostsConfig) -> bool:
         ) from error
     _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
     return True
+
+
+def _patience(seconds: int) -> int:
+    """JAX's own heartbeat timeout, with which all hosts have ended within `seconds`: to look and to end takes time."""
+    return max(1, seconds - max(1, seconds // 10))
 
 
 def _refuse_taken_port(address: str) -> None:
