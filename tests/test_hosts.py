@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tfm import hosts
@@ -73,6 +74,41 @@ def test_among_others_each_kind_of_work_has_its_limit_and_the_first_host_is_pati
             for work in ("compiling", "stepping", "evaluating", "saving"):
                 watchdog.begins(work)
         assert armed == [(seconds, True) for seconds in expected]
+
+
+class Client:
+    """The key-value store of the coordination service, for one process."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+        self.gone = False
+
+    def key_value_set(self, key: str, value: str) -> None:
+        if self.gone:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.values[key]
+
+
+def test_a_host_that_ends_knows_of_whom_nothing_is_heard(monkeypatch):
+    client = Client()
+    monkeypatch.setattr(hosts, "_client", lambda: client)
+    monkeypatch.setattr(hosts, "count", lambda: 4)
+    monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+    for index, silent in ((1, []), (0, [2, 3]), (3, []), (0, [2]), (2, []), (0, [])):
+        monkeypatch.setattr(hosts, "index", lambda index=index: index)
+        assert hosts._let_others_end() == silent
+    client.gone = True
+    monkeypatch.setattr(hosts, "index", lambda: 1)
+    assert hosts._let_others_end() == [0]
+
+
+def test_hosts_notice_a_dead_one_early_enough_to_end_in_time():
+    assert [hosts._patience(seconds) for seconds in (1, 2, 10, 100)] == [1, 1, 9, 90]
 
 
 def test_a_run_remembers_no_hosts(tmp_path):

@@ -85,22 +85,38 @@ def together(config: Config) -> Iterator[None]:
             )
         sys.stdout.flush()
         sys.stderr.flush()
-        _let_others_end()
+        silent = _let_others_end()
+        if silent and not isinstance(error, InputError):
+            named = ", ".join(map(str, silent[:10])) + (" and more" if len(silent) > 10 else "")
+            _log.critical("no last word of host %s: dead, or still waiting for the others", named)
+            sys.stderr.flush()
         os._exit(2 if isinstance(error, InputError) else 1)
     jax.distributed.shutdown()
 
 
-def _let_others_end() -> None:
-    """Has the first host wait a little for the others, which may have failed as it did and should end by themselves."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        if not is_first():
+def _let_others_end() -> list[int]:
+    """Has the first host wait a little for the others, which may have failed as it did and should end by themselves.
+
+    Returns those of which nothing is heard, the dead among them: on the first host those that have not said that they
+    end, on the others the first, if it cannot be told.
+    """
+    silent = []
+    if not is_first():
+        try:
             _client().key_value_set(f"tfm/ended/{index()}", "")
-            return
-        deadline = time.monotonic() + _LAST_WORDS
-        for other in range(1, count()):
-            left = max(1, int(1000 * (deadline - time.monotonic())))
+        except jax.errors.JaxRuntimeError:
+            silent.append(0)
+        return silent
+    deadline = time.monotonic() + _LAST_WORDS
+    for other in range(1, count()):
+        left = max(1, int(1000 * (deadline - time.monotonic())))
+        try:
             _client().blocking_key_value_get(f"tfm/ended/{other}", left)
+        except jax.errors.JaxRuntimeError:
+            silent.append(other)
+    if not silent:
         time.sleep(1.0)  # they have said so, and are about to
+    return silent
 
 
 def _start(hosts: HostsConfig) -> bool:
@@ -122,7 +138,7 @@ def _start(hosts: HostsConfig) -> bool:
             num_processes=size,
             process_id=number,
             initialization_timeout=hosts.start_timeout,
-            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+            heartbeat_timeout_seconds=_patience(hosts.heartbeat_timeout),
             shutdown_timeout_seconds=hosts.heartbeat_timeout,
         )
     except ValueError as error:
@@ -142,6 +158,11 @@ def _start(hosts: HostsConfig) -> bool:
         ) from error
     _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
     return True
+
+
+def _patience(seconds: int) -> int:
+    """JAX's own heartbeat timeout, with which all hosts have ended within `seconds`: to look and to end takes time."""
+    return max(1, seconds - max(1, seconds // 10))
 
 
 def _refuse_taken_port(address: str) -> None:
