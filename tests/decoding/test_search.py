@@ -82,7 +82,10 @@ def greedy(step, cache, bounds):
 
 def beam(step, cache, bounds, *, beams, n_best=1, alpha=0.6):
     settings = {"beams": beams, "n_best": n_best, "alpha": alpha}
-    return jax.device_get(jax.jit(lambda: search.beam(step, cache, bounds, **settings, **IDS))())
+    # Hundreds of beams take longer to search than to compile, and are worth the optimisation that tests do without.
+    options = {"xla_backend_optimization_level": 1} if beams > 100 else None
+    search_all = jax.jit(lambda: search.beam(step, cache, bounds, **settings, **IDS), compiler_options=options)
+    return jax.device_get(search_all())
 
 
 def log_softmax(row) -> np.ndarray:
