@@ -8,7 +8,8 @@
 PYTHON ?= python3
 EXTRAS ?=
 VENV ?= .venv
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Whole files, in the order that tests/conftest.py gives them: the longest first.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.requirements-installed
 

@@ -18,8 +18,11 @@ assert "jax" not in sys.modules, "the settings below only hold if they are made 
 
 # Set in the environment, so that commands started by a test have them, too.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nearly all the time goes into compiling small programs: half as much optimisation takes half as long.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+# Nearly all the time goes into compiling small programs: without LLVM's optimisation, and with XLA's older writer of
+# fused loops, which needs no MLIR, that takes half as long.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 # A [B, T] added to a [T] by accident is an error. Strict dtype promotion would be good to have, but optax.adam and
 # flax.linen.LayerNorm in bfloat16 do not stand it.
@@ -41,7 +44,32 @@ from tfm.config import from_json
 def get_config():
     return from_json(Path(__file__).with_suffix(".json"))
 """
+# The files that take longest, the longest first. pytest-xdist hands out whole files: a long one that is begun last
+# would leave the other processors with nothing to do.
+_LONGEST = (
+    "test_processes.py",
+    "model/test_transformer.py",
+    "test_shipped_configs.py",
+    "decoding/test_search.py",
+    "decoding/test_decoder.py",
+    "test_resume.py",
+    "test_sharding.py",
+    "training/test_step.py",
+    "benchmarking/test_sweep.py",
+    "training/test_loop.py",
+    "benchmarking/test_train.py",
+    "commands/test_run_commands.py",
+    "test_end_to_end.py",
+    "decoding/test_translator.py",
+)
 _WORDS = ("red", "blue", "green", "gold", "black", "white")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they come."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(_LONGEST)}
+    assert all(path.is_file() for path in ranks), "a file of _LONGEST is not there"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")

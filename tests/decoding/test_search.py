@@ -76,13 +76,16 @@ class ByPast:
 
 
 def greedy(step, cache, bounds):
-    """Compiled, like every search here: op by op it would take far longer."""
-    return jax.jit(lambda: search.greedy(step, cache, bounds, **IDS))()
+    """Compiled, like every search here, and what it finds in NumPy's arrays: op by op all would take far longer."""
+    return jax.device_get(jax.jit(lambda: search.greedy(step, cache, bounds, **IDS))())
 
 
 def beam(step, cache, bounds, *, beams, n_best=1, alpha=0.6):
     settings = {"beams": beams, "n_best": n_best, "alpha": alpha}
-    return jax.jit(lambda: search.beam(step, cache, bounds, **settings, **IDS))()
+    # Hundreds of beams take longer to search than to compile, and are worth the optimisation that tests do without.
+    options = {"xla_backend_optimization_level": 1} if beams > 100 else None
+    search_all = jax.jit(lambda: search.beam(step, cache, bounds, **settings, **IDS), compiler_options=options)
+    return jax.device_get(search_all())
 
 
 def log_softmax(row) -> np.ndarray:
@@ -397,7 +400,8 @@ def drawn(row, *, samples: int = 4000, most: int = 1, sentences: int = 1, seed: 
     step = by_last_token(np.broadcast_to(np.asarray(row, np.float32), (len(row), len(row))))
     cache = Cache((), most + 1)
     bounds = limits([most] * sentences)
-    return jax.jit(lambda: search.sample(step, cache, bounds, keys, samples=samples, **settings, **IDS))()
+    found = jax.jit(lambda: search.sample(step, cache, bounds, keys, samples=samples, **settings, **IDS))()
+    return jax.device_get(found)
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,13 @@ def test_what_pads_a_source_does_not_change_its_decoding():
     model, parameters = model_and_parameters()
     unstacked = unstack(parameters)
     mask = jnp.array([[1, 1, 1, 0, 0]], bool)
-    results = []
-    for padding in (0, 9):
-        source = jnp.where(mask, jnp.array([[5, 6, 7, 0, 0]]), padding)
+
+    @jax.jit
+    def logits(source):
         cache = start_decoding(model, unstacked, source, mask, beams=1, length=2)
-        results.append(decode_step(model, unstacked, jnp.array([[2]]), cache)[0])
+        return decode_step(model, unstacked, jnp.array([[2]]), cache)[0]
+
+    results = [logits(jnp.where(mask, jnp.array([[5, 6, 7, 0, 0]]), padding)) for padding in (0, 9)]
     np.testing.assert_array_equal(*results)
 
 
