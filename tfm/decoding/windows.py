@@ -13,6 +13,7 @@ T = TypeVar("T")
 # Seconds in which a window is filled, once its first item is there. Reading a file takes far less, and translating a
 # window far more; of a slow stream, what it gave in that time is translated.
 PATIENCE = 0.1
+_NAP = 0.5
 
 
 class Windows(Generic[T]):
@@ -63,7 +64,7 @@ class Windows(Generic[T]):
                     left = max(0.0, deadline - time.monotonic())
                     item = self._queue.get(timeout=left) if left else self._queue.get_nowait()
                 else:
-                    item = self._queue.get(block=wait or self._patience is None)
+                    item = self._waited_for() if wait or self._patience is None else self._queue.get_nowait()
                     deadline = time.monotonic() + (self._patience or 0.0)
             except queue.Empty:
                 break
@@ -75,6 +76,17 @@ class Windows(Generic[T]):
             error, self._error = self._error, None
             raise error
         return taken
+
+    def _waited_for(self) -> tuple[T] | BaseException | None:
+        """The next item, however long it takes.
+
+        Wakes now and then: Python would notice a Ctrl-C that came just before it began to wait only at the wait's end.
+        """
+        while True:
+            try:
+                return self._queue.get(timeout=_NAP)
+            except queue.Empty:
+                continue
 
     def close(self) -> None:
         """Lets the thread end with the item that it is reading."""
