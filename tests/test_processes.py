@@ -248,7 +248,7 @@ def test_two_hosts_translate_as_one_does_and_score_and_evaluate(place, two, reve
     assert rescored.read_text().count("\n") == 100
     program = Program(place, "evaluate", 2, 2, "-m", "tfm", "evaluate", f"--workdir={two}", "--decoding.beam_size=2")
     assert program.statuses() == [0, 0], program.said()
-    assert [b"BLEU" in output.read_bytes() for output in program.outputs] == [True, False]
+    assert [b"bleu" in output.read_bytes() for output in program.outputs] == [True, False]
     program = Program(place, "translate-stdin", 2, 2, "-m", "tfm", "translate", f"--workdir={two}")
     assert program.statuses() == [2, 2]
     assert "name it with --input" in program.said(0)

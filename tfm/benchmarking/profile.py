@@ -36,6 +36,7 @@ _NO_PART = {
     "rematted_computation",
 }
 _DEPTH = 2  # decoder/cross_attention
+_GPU = "/device:GPU"  # how the names of planes of GPUs begin
 _ROWS = 24
 
 
@@ -95,9 +96,11 @@ def _durations(trace: Path) -> dict[str, tuple[float, int]]:
     """Seconds and number of the events of a trace by name, those of a device's operations by the operation's."""
     found: dict[str, tuple[float, int]] = {}
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        has_kernels = plane.name.startswith(_GPU)
         for line in plane.lines:
             for event in line.events:
-                name = operation_of(plane.name, event.name, event.stats)
+                # Not asked for in vain: reading those of a CPU can end the process, in jaxlib 0.11.
+                name = operation_of(plane.name, event.name, event.stats if has_kernels else ())
                 seconds, number = found.get(name, (0.0, 0))
                 found[name] = (seconds + event.duration_ns / 1e9, number + 1)
     return found
@@ -109,7 +112,7 @@ def operation_of(plane: str, event: str, stats: Iterable[tuple[str, Any]]) -> st
     A GPU's event is a kernel, which says of which operation; a CPU's is the operation, and a TPU's may be the whole
     instruction.
     """
-    if plane.startswith("/device:GPU"):
+    if plane.startswith(_GPU):
         event = str(next((value for key, value in stats if key == "hlo_op"), event))
     return event.removeprefix("%").partition(" = ")[0]
 
