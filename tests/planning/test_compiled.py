@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from tfm import sharding
+from tfm.commands.options import load_config
 from tfm.config import MeshConfig
 from tfm.planning import compiled
 from tfm.planning.compiled import (
@@ -34,6 +35,12 @@ def test_state_by_its_shards(trainer):
     assert state["optimizer"] == 2 * state["parameters"] + 4  # and Adam's count
     assert state["moving_average"] == 0
     assert checkpoint_bytes(trainer) == 3 * whole + 4 * 4
+
+
+@pytest.mark.parametrize("name", ["base", "big"])
+def test_fsdp_and_tensor_leave_an_eighth_of_the_state_to_each_device(name):
+    trainer = trainer_for(load_config(name), sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+    assert sum(state_bytes(trainer).values()) <= 1.05 * checkpoint_bytes(trainer) / 8
 
 
 def test_activations_grow_with_the_rows_of_a_micro_batch(tiny_config, trainer):
