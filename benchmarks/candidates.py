@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-VOCAB, WIDTH, INNER, HEADS, LAYERS = 8_000, 256, 1024, 4, 3
-DROPOUT, SMOOTHING = 0.1, 0.1
+from train_step import LAYERS, tfm_trainer
+
 Change = contextlib.AbstractContextManager
 
 
@@ -70,13 +70,13 @@ def fused_qkv() -> Iterator[None]:
 
     plain = attention.MultiHeadAttention.__call__
 
-    def call(self, x, memory, mask, key, site):
+    def call(self, x, memory, sight, key, site):
         if x is not memory or self.is_initializing():
-            return plain(self, x, memory, mask, key, site)
+            return plain(self, x, memory, sight, key, site)
         kernels = [part.variables["params"]["kernel"] for part in (self.query, self.key, self.value)]
         qkv = jnp.einsum("BTD,DHK->BTHK", x, jnp.concatenate(kernels, axis=-1), precision="highest")
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        out = attention.dot_product_attention(q, k, v, mask, site=site)
+        out = attention.dot_product_attention(q, k, v, sight.mask_BTS, site=site)
         return self.output(jax.lax.optimization_barrier(out))
 
     with mock.patch.object(attention.MultiHeadAttention, "__call__", call):
@@ -159,7 +159,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "plain_loss": {"change": plain_loss},
     "logits_2^19": {"change": lambda: logits_per_chunk(19)},
     "logits_2^20": {"change": lambda: logits_per_chunk(20)},
-    "logits_2^22": {"change": lambda: logits_per_chunk(22)},
+    "logits_2^21": {"change": lambda: logits_per_chunk(21)},
     "logits_2^23": {"change": lambda: logits_per_chunk(23)},
     "scan": {"unroll": 1},
     "fused_qkv": {"change": fused_qkv},
@@ -184,37 +184,12 @@ def make_step(
 ) -> Callable[[], None]:
     """A compiled step, ready to be called again and again."""
     import jax
-    import numpy as np
 
-    from tfm import sharding
-    from tfm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-    from tfm.data.batches import Batch
-    from tfm.model.transformer import Transformer
-    from tfm.training.step import Trainer
-
-    config = Config(
-        ModelConfig(
-            d_model=WIDTH,
-            d_ff=INNER,
-            num_heads=HEADS,
-            encoder_layers=LAYERS,
-            decoder_layers=LAYERS,
-            dropout_rate=DROPOUT,
-        ),
-        DataConfig(vocab_size=VOCAB, source_row_length=length, target_row_length=length),
-        OptimizerConfig(),
-        TrainingConfig(target_tokens_per_batch=rows * length, label_smoothing=SMOOTHING, unroll_layers=unroll),
-    ).validate()
-    source, target = np.random.default_rng(0).integers(4, VOCAB, (2, rows, length), np.int32)
-    ones, numbers = np.ones_like(source), np.arange(rows, dtype=np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), source.shape)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    batch = Batch(source, ones, positions, np.roll(target, 1, 1), target, ones, positions, numbers)
-    with jax.set_mesh(mesh), change():
-        trainer = Trainer(config, Transformer(config.model, VOCAB, unroll=unroll), mesh)
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        state = trainer.init()
-        compiled = trainer.train_step.lower(state, batch).compile(compiler_options=options)
+    with change():
+        trainer, batch = tfm_trainer(rows, length, unroll, devices)
+        with jax.set_mesh(trainer.mesh):
+            state = trainer.init()
+            compiled = trainer.train_step.lower(state, batch).compile(compiler_options=options)
 
     def step() -> None:
         nonlocal state
@@ -236,7 +211,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--devices", type=int, help="of the CPU; one a core if unset")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--json", help="file for the results; - is standard output")
     arguments = parser.parse_args()
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -264,7 +239,9 @@ def main() -> None:
         spread = f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}"
         print(f"{name:<18} {results[name]['times_as_fast_median']:5.2f} times as fast ({spread})", file=sys.stderr)
     report = {"what": vars(arguments), "jax": jax.__version__, "command": sys.argv, "candidates": results}
-    if arguments.json:
+    if arguments.json == "-":
+        print(json.dumps(report, indent=2))
+    elif arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             file.write(json.dumps(report, indent=2) + "\n")
 

@@ -33,11 +33,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:  # nothing may import JAX before its threads are limited
+    from tfm.data.batches import Batch
+    from tfm.training.step import Trainer
+
 VOCAB, WIDTH, INNER, HEADS, LAYERS = 8_000, 256, 1024, 4, 3
 DROPOUT, SMOOTHING = 0.1, 0.1
+_REST = 0.5  # seconds; threads of the one keep spinning for a while, on the cores that the other is to have
 Step = Callable[[], float]  # one update; its loss, waited for
 
 
@@ -47,17 +53,16 @@ def batch_of(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return source, target
 
 
-def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int, devices: int) -> Step:
+def tfm_trainer(rows: int, length: int, unroll: int, devices: int, inner_rate: float = 0.0) -> tuple[Trainer, Batch]:
+    """tfm's trainer on that many devices of the CPU, and a batch that lies on them."""
     import jax
 
     from tfm import sharding
     from tfm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
     from tfm.data.batches import Batch
     from tfm.data.tokenizer import BOS
-    from tfm.model.transformer import Transformer
-    from tfm.training.step import Trainer
+    from tfm.training.step import Trainer, training_model
 
-    inner_rate = DROPOUT if all_dropout else 0.0
     config = Config(
         ModelConfig(
             d_model=WIDTH,
@@ -74,19 +79,25 @@ def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int, devices: in
         TrainingConfig(target_tokens_per_batch=rows * length, label_smoothing=SMOOTHING, unroll_layers=unroll),
     ).validate()
     mesh = sharding.make_mesh(config.mesh, sharding.first_devices(devices))
-    trainer = Trainer(config, Transformer(config.model, VOCAB, unroll=unroll), mesh)
     source, target = batch_of(rows, length)
     ones = np.ones_like(source)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), source.shape)
     inputs = np.concatenate([np.full((rows, 1), BOS, np.int32), target[:, :-1]], axis=1)
     batch = Batch(source, ones, positions, inputs, target, ones, positions, np.arange(rows, dtype=np.int32))
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    with jax.set_mesh(mesh):
+    trainer = Trainer(config, training_model(config, VOCAB, "cpu"), mesh)
+    return trainer, jax.device_put(batch, sharding.batch_sharding(mesh))
+
+
+def tfm_step(rows: int, length: int, all_dropout: bool, unroll: int, devices: int) -> Step:
+    import jax
+
+    trainer, batch = tfm_trainer(rows, length, unroll, devices, DROPOUT if all_dropout else 0.0)
+    with jax.set_mesh(trainer.mesh):
         state = trainer.init()
 
     def step() -> float:
         nonlocal state
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(trainer.mesh):
             state, metrics = trainer.train_step(state, batch)
         jax.block_until_ready(state)
         return float(metrics["loss"])
@@ -230,6 +241,7 @@ def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:
     for number in range(arguments.rounds):
         order = list(steps) if number % 2 else list(reversed(steps))
         for name in order:
+            time.sleep(_REST)
             seconds[name].append(timed(steps[name]))
     result |= {"first_loss": losses, "step_seconds": seconds, "step_seconds_median": {}, "target_tokens_per_second": {}}
     for name, times in seconds.items():
