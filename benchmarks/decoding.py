@@ -3,10 +3,13 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/decoding.py --json=decoding.json
 
-All have the same architecture (that of configs/multi30k.py) with random weights, the same number of threads, float32,
-and sentences of one length, which each is made to translate into as many tokens: what is compared is the speed of a
-search, not where it ends. They run in turn, round by round, so that a shared machine slows all of them; each may
-choose the best of a few batch sizes, found in a round that is not counted. Medians over rounds, and of their ratios.
+    python benchmarks/decoding.py --config=base --device=gpu --without ctranslate2 --json=decoding_gpu.json
+
+All have the same architecture (that of configs/multi30k.py, or of `--config`) with random weights, the same number of
+threads, float32 (on a GPU bfloat16), and sentences of one length, which each is made to translate into as many tokens:
+what is compared is the speed of a search, not where it ends. They run in turn, round by round, so that a shared machine
+slows all of them; each may choose the best of a few batch sizes, found in a round that is not counted. Medians over
+rounds, and of their ratios.
 """
 
 from __future__ import annotations
@@ -30,19 +33,20 @@ VOCAB, BOS, EOS = 10_000, 2, 1
 Batch = Callable[[int], None]  # translates all sentences, in batches of so many
 
 
-def tfm_search(sentences: np.ndarray, beam: int) -> Batch:
+def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
     import jax
 
     from tfm import sharding
     from tfm.commands.options import load_config
     from tfm.config import DecodingConfig
     from tfm.decoding.decoder import Decoder
-    from tfm.model.transformer import Transformer, init_parameters
+    from tfm.model.transformer import Transformer, compute_dtype, init_parameters
 
     count, length = sentences.shape
     sharding.decode_on_every_core()
     mesh = sharding.decoding_mesh(tensor=1)
-    model = Transformer(load_config("multi30k").model, VOCAB)
+    shape = load_config(config).model
+    model = Transformer(shape, VOCAB, compute_dtype(shape, jax.default_backend()))
     parameters = jax.jit(lambda: init_parameters(model, 0))()
     decoders = {}
 
@@ -66,13 +70,13 @@ def tfm_search(sentences: np.ndarray, beam: int) -> Batch:
     return run
 
 
-def ctranslate2_search(sentences: np.ndarray, beam: int, threads: int, folder: Path) -> Batch:
+def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespace, folder: Path) -> Batch:
     import ctranslate2
     from ctranslate2.specs import transformer_spec
 
     from tfm.commands.options import load_config
 
-    shape = load_config("multi30k").model
+    shape = load_config(arguments.config).model
     generator = np.random.default_rng(0)
 
     def fill(linear: object, *size: int, bias: bool = False) -> None:
@@ -84,7 +88,7 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, threads: int, folder: P
         layer.gamma, layer.beta = np.ones(shape.d_model, np.float32), np.zeros(shape.d_model, np.float32)
 
     spec = transformer_spec.TransformerSpec.from_config(
-        (shape.encoder_layers, shape.decoder_layers), shape.num_heads, pre_norm=True
+        (shape.encoder_layers, shape.decoder_layers), shape.num_heads, pre_norm=shape.norm == "pre"
     )
     width = shape.d_model
     for stack in (spec.encoder, spec.decoder):
@@ -114,7 +118,11 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, threads: int, folder: P
     folder.mkdir()
     spec.save(str(folder))
     translator = ctranslate2.Translator(
-        str(folder), device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+        str(folder),
+        device="cpu" if arguments.device == "cpu" else "cuda",
+        compute_type="float32" if arguments.device == "cpu" else "bfloat16",
+        inter_threads=1,
+        intra_threads=arguments.threads,
     )
     source = [[words[token] for token in ids] for ids in sentences.tolist()]
     length = sentences.shape[1]
@@ -133,14 +141,14 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, threads: int, folder: P
     return run
 
 
-def marian_search(sentences: np.ndarray, beam: int, threads: int) -> Batch:
+def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespace) -> Batch:
     import torch
     from transformers import MarianConfig, MarianMTModel
 
     from tfm.commands.options import load_config
 
-    shape = load_config("multi30k").model
-    torch.set_num_threads(threads)
+    shape = load_config(arguments.config).model
+    torch.set_num_threads(arguments.threads)
     config = MarianConfig(
         vocab_size=VOCAB,
         d_model=shape.d_model,
@@ -158,6 +166,8 @@ def marian_search(sentences: np.ndarray, beam: int, threads: int) -> Batch:
     )
     model = MarianMTModel(config).eval()
     ids = torch.tensor(np.pad(sentences, ((0, 0), (0, 1)), constant_values=EOS))
+    if arguments.device == "gpu":
+        model, ids = model.to("cuda", torch.bfloat16), ids.to("cuda")
     length = sentences.shape[1]
 
     def run(rows: int) -> None:
@@ -171,6 +181,7 @@ def marian_search(sentences: np.ndarray, beam: int, threads: int) -> Batch:
                     max_new_tokens=length,
                 )
                 assert found.shape[1] == length + 1
+                found.cpu()  # waited for
 
     return run
 
@@ -189,6 +200,8 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=1000)
     parser.add_argument("--length", type=int, default=17, help="tokens of each sentence and each translation")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--config", default="multi30k", help="shipped config whose architecture all have")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
@@ -197,7 +210,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    if arguments.device == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    else:  # all of them are on the device at the same time
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
     report = {
         "what": vars(arguments),
@@ -214,11 +230,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for beam in arguments.beams:
             makers = {
-                "tfm": lambda beam=beam: tfm_search(sentences, beam),
+                "tfm": lambda beam=beam: tfm_search(sentences, beam, arguments.config),
                 "ctranslate2": lambda beam=beam: ctranslate2_search(
-                    sentences, beam, arguments.threads, Path(folder) / str(beam)
+                    sentences, beam, arguments, Path(folder) / str(beam)
                 ),
-                "marian": lambda beam=beam: marian_search(sentences, beam, arguments.threads),
+                "marian": lambda beam=beam: marian_search(sentences, beam, arguments),
             }
             searches = {name: make() for name, make in makers.items() if name not in arguments.without}
             report["results"].append(compare(searches, beam, len(sentences), arguments.rows, arguments.rounds))

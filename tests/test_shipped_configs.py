@@ -21,7 +21,7 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
     mesh = sharding.make_mesh(config.mesh)
     dtype = compute_dtype(config.model, "cpu")
     training = config.training
-    model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, training.unroll_layers)
+    model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, training.unroll_layers or 1)
     trainer = Trainer(config, model, mesh)
 
     def abstract(tree, shardings):

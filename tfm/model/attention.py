@@ -1,7 +1,7 @@
 """Masks, scaled dot-product attention and multi-head attention (Vaswani et al., 2017, sections 3.2.1 to 3.2.3).
 
 Attention is told segment ids, positions and whether it is causal (`Sight`). The path that XLA compiles goes by a mask
-that is made of them; a fused kernel, which does without, takes its place on TPUs.
+that is made of them; a fused kernel takes its place on TPUs, and cuDNN's on GPUs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from flax import linen as nn
 from tfm.config import ModelConfig
 from tfm.model.dropout import DropoutKey, dropout
 from tfm.sharding import LogicalAxes, constrain
+
+Kernel = Literal["plain", "pallas", "cudnn"]
+
+_WIDEST_CUDNN_HEAD = 128
 
 # Finite, so that a query with no key at all (padding) gives a number instead of NaN.
 MASKED = -1e9
@@ -38,7 +42,9 @@ def attention_mask(queries: Tokens, keys: Tokens, *, causal: bool) -> jax.Array:
     return mask_BTS
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["queries", "keys", "mask_BTS"], meta_fields=["causal", "fused"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["queries", "keys", "mask_BTS"], meta_fields=["causal", "kernel"]
+)
 @dataclasses.dataclass(frozen=True)
 class Sight:
     """Which keys each query may see."""
@@ -47,11 +53,11 @@ class Sight:
     keys: Tokens
     causal: bool
     mask_BTS: jax.Array  # of `attention_mask`
-    fused: bool  # may a kernel for TPUs take the place of what XLA compiles?
+    kernel: Kernel  # that may take the place of what XLA compiles, where it can take the sizes
 
     @classmethod
-    def of(cls, queries: Tokens, keys: Tokens, *, causal: bool, fused: bool = False) -> Sight:
-        return cls(queries, keys, causal, attention_mask(queries, keys, causal=causal), fused)
+    def of(cls, queries: Tokens, keys: Tokens, *, causal: bool, kernel: Kernel = "plain") -> Sight:
+        return cls(queries, keys, causal, attention_mask(queries, keys, causal=causal), kernel)
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -80,7 +86,17 @@ def dot_product_attention(
 
 
 def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
-    """What the kernel makes of it; None where it cannot take such sizes."""
+    """What the kernel makes of it; None where there is none, or it cannot take such sizes."""
+    if sight.kernel == "cudnn":
+        if q_BTHK.dtype != jnp.bfloat16 or any(
+            x.shape[-1] % 8 or x.shape[-1] > _WIDEST_CUDNN_HEAD for x in (q_BTHK, v_BSHK)
+        ):
+            return None
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BSHK, v_BSHK, mask=sight.mask_BTS[:, None], implementation="cudnn"
+        )
+    if sight.kernel == "plain":
+        return None
     from tfm.model.fused_attention import fits, fused_attention  # Pallas takes half a second to import
 
     flat, width = [x.reshape(*x.shape[:2], -1) for x in (q_BTHK, k_BSHK, v_BSHK)], q_BTHK.shape[-1]
@@ -179,7 +195,7 @@ class MultiHeadAttention(nn.Module):
         )
         k_BSHK, v_BSHK = self.keys_and_values(memory_BSD)
         rate = self.config.attention_dropout_rate if key is not None else 0.0
-        out_BTHK = _fused(q_BTHK, k_BSHK, v_BSHK, sight) if sight.fused and rate == 0.0 else None
+        out_BTHK = _fused(q_BTHK, k_BSHK, v_BSHK, sight) if rate == 0.0 else None
         if out_BTHK is None:
             out_BTHK = dot_product_attention(
                 q_BTHK, k_BSHK, v_BSHK, sight.mask_BTS, dropout_rate=rate, dropout_key=key, site=site

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfm.config import ModelConfig
-from tfm.model.attention import LayerCache, Sight, Tokens
+from tfm.model.attention import Kernel, LayerCache, Sight, Tokens
 from tfm.model.dropout import DropoutKey
 from tfm.model.layers import DecoderLayer, Embedding, EncoderLayer, LayerNorm, padded_vocab_size
 
@@ -24,6 +24,20 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def attention_kernel(config: ModelConfig, platform: str, *, deterministic: bool) -> Kernel:
+    """What computes attention in training on a platform ("cpu", "gpu", "tpu"), where it can take the sizes."""
+    if config.attention == "plain":
+        return "plain"
+    if platform == "tpu":
+        return "pallas"
+    # cuDNN's backward pass adds up in no fixed order, and GPUs before Ampere have no such kernel.
+    if platform == "gpu" and not deterministic:
+        capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; none on AMD's
+        if capability.partition(".")[0].isdigit() and float(capability) >= 8.0:
+            return "cudnn"
+    return "plain"
 
 
 def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
@@ -71,7 +85,7 @@ class Transformer(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     unroll: int = 1
-    fused_attention: bool = False
+    attention: Kernel = "plain"
 
     def setup(self) -> None:
         c = self.config
@@ -87,7 +101,7 @@ class Transformer(nn.Module):
 
     def encode(self, tokens_BS: jax.Array, source: Tokens, key: DropoutKey | None = None) -> jax.Array:
         """Memory [B, S, D]."""
-        sight = Sight.of(source, source, causal=False, fused=self.fused_attention)
+        sight = Sight.of(source, source, causal=False, kernel=self.attention)
         key = None if key is None else key.fold_in(0)
         x_BSD = self.source_embedding(tokens_BS, source.positions_BL, key)
         return self.encoder(x_BSD, (sight,), key)
@@ -101,8 +115,8 @@ class Transformer(nn.Module):
         key: DropoutKey | None = None,
     ) -> jax.Array:
         """The last layer's output [B, T, D] at every target position; `tokens` are the inputs, each shifted right."""
-        self_sight = Sight.of(target, target, causal=True, fused=self.fused_attention)
-        cross_sight = Sight.of(target, source, causal=False, fused=self.fused_attention)
+        self_sight = Sight.of(target, target, causal=True, kernel=self.attention)
+        cross_sight = Sight.of(target, source, causal=False, kernel=self.attention)
         key = None if key is None else key.fold_in(1)
         x_BTD = self.target_embedding(tokens_BT, target.positions_BL, key)
         return self.decoder(x_BTD, (memory_BSD, self_sight, cross_sight), key)
