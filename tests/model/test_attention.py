@@ -193,3 +193,53 @@ def test_a_projection_adds_its_bias_and_computes_in_its_type():
     y = module.apply({"params": parameters}, jnp.ones((1, 5, 3)))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y.astype(jnp.float32)[0, 4], [[4.0, 5.0], [6.0, 7.0]])
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """XLA in cuDNN's place, NaN as there for a query that sees no key. Gives the masks that it was called with."""
+    plain, masks = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, mask, implementation):
+        assert implementation == "cudnn"
+        masks.append(np.asarray(mask))
+        return jnp.where(jnp.any(mask, -1).swapaxes(1, 2)[..., None], plain(q, k, v, mask=mask), jnp.nan)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    return masks
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_takes_the_place_of_the_formula_and_every_query_sees_a_key(cudnn, causal):
+    config = ModelConfig(d_model=H * D_K, num_heads=H)
+    target, source = tokens(TARGET_SEGMENTS), tokens(TARGET_SEGMENTS if causal else SOURCE_SEGMENTS)
+    x_BTD, memory_BSD = (
+        jnp.asarray(random(*segments.shape, H * D_K), jnp.bfloat16)
+        for segments in (TARGET_SEGMENTS, source.segments_BL)
+    )
+    module = MultiHeadAttention(config, jnp.dtype(jnp.bfloat16))
+    sights = {kernel: Sight.of(target, source, causal=causal, kernel=kernel) for kernel in ("plain", "cudnn")}
+    parameters = module.init(jax.random.key(0), x_BTD, memory_BSD, sights["plain"], None, 0)
+    sees_BT1 = np.asarray(sights["plain"].mask_BTS.any(-1))[..., None]
+    assert causal or not sees_BT1.all()
+
+    def attended(parameters, kernel):
+        return module.apply(parameters, x_BTD, memory_BSD, sights[kernel], None, 0).astype(jnp.float32) * sees_BT1
+
+    plain, fused = (np.asarray(attended(parameters, kernel)) for kernel in ("plain", "cudnn"))
+    np.testing.assert_allclose(fused, plain, atol=0.02)
+    assert len(cudnn) == 1 and cudnn[0].any(-1).all()
+    wanted, got = (jax.grad(lambda p, k=kernel: jnp.sum(attended(p, k) ** 2))(parameters) for kernel in sights)
+    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+        assert np.linalg.norm(one - other) <= 0.02 * np.linalg.norm(one)
+
+
+def test_cudnn_is_not_asked_for_what_it_cannot_do(cudnn):
+    target, source = tokens(TARGET_SEGMENTS), tokens(SOURCE_SEGMENTS)
+    sight = Sight.of(target, source, causal=False, kernel="cudnn")
+    for width, dtype in ((D_K, jnp.float32), (4, jnp.bfloat16), (136, jnp.bfloat16)):
+        config = ModelConfig(d_model=H * width, num_heads=H)
+        x_BTD, memory_BSD = (jnp.ones((*s.shape, H * width), dtype) for s in (TARGET_SEGMENTS, SOURCE_SEGMENTS))
+        module = MultiHeadAttention(config, jnp.dtype(dtype))
+        jax.eval_shape(lambda m=module, x=x_BTD, y=memory_BSD: m.init(jax.random.key(0), x, y, sight, None, 0))
+    assert not cudnn

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tfm.model.dropout import dropout_key
 from tfm.model.transformer import (
     Transformer,
     abstract_parameters,
+    attention_kernel,
     compute_dtype,
     count_parameters,
     decode_step,
@@ -310,3 +312,27 @@ def test_table_3_is_reached_by_overrides(row):
     # With the table of that code every row but the last, which is of another set of runs, is the printed number.
     count += (40_960 - 37_000) * config.d_model / 1e6
     assert count == pytest.approx(printed, abs=0.03 * printed if row == "big" else 0.55)
+
+
+@pytest.mark.parametrize(
+    ("platform", "attention", "deterministic", "expected"),
+    [
+        ("tpu", "auto", False, "pallas"),
+        ("tpu", "plain", False, "plain"),
+        ("cpu", "auto", False, "plain"),
+        ("gpu", "auto", False, "cudnn"),
+        ("gpu", "auto", True, "plain"),
+        ("gpu", "plain", False, "plain"),
+    ],
+)
+def test_what_computes_attention_goes_by_the_device(monkeypatch, platform, attention, deterministic, expected):
+    config = dataclasses.replace(SMALL, attention=attention)
+    ampere = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [ampere])
+    assert attention_kernel(config, platform, deterministic=deterministic) == expected
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942", None])
+def test_other_gpus_have_no_cudnn_kernel(monkeypatch, capability):
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert attention_kernel(SMALL, "gpu", deterministic=False) == "plain"

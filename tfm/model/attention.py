@@ -88,13 +88,14 @@ def dot_product_attention(
 def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
     """What the kernel makes of it; None where there is none, or it cannot take such sizes."""
     if sight.kernel == "cudnn":
-        if q_BTHK.dtype != jnp.bfloat16 or any(
-            x.shape[-1] % 8 or x.shape[-1] > _WIDEST_CUDNN_HEAD for x in (q_BTHK, v_BSHK)
-        ):
+        widths = q_BTHK.shape[-1], v_BSHK.shape[-1]
+        if q_BTHK.dtype != jnp.bfloat16 or any(width % 8 or width > _WIDEST_CUDNN_HEAD for width in widths):
             return None
-        return jax.nn.dot_product_attention(
-            q_BTHK, k_BSHK, v_BSHK, mask=sight.mask_BTS[:, None], implementation="cudnn"
-        )
+        # A query without any key, padding where its source has none, would be NaN there, and make its keys' gradients
+        # NaN: it is shown all of them, and nothing comes of it.
+        blind_BT1 = ~jnp.any(sight.mask_BTS, axis=-1, keepdims=True)
+        mask_B1TS = (sight.mask_BTS | blind_BT1)[:, None]
+        return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=mask_B1TS, implementation="cudnn")
     if sight.kernel == "plain":
         return None
     from tfm.model.fused_attention import fits, fused_attention  # Pallas takes half a second to import
