@@ -95,7 +95,8 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Nam
         embeddings = stack.embeddings[0] if isinstance(stack.embeddings, list) else stack.embeddings
         fill(embeddings, VOCAB, width)
         stack.scale_embeddings = True
-        norm(stack.layer_norm)
+        if shape.norm == "pre":
+            norm(stack.layer_norm)
         for layer in stack.layer:
             norm(layer.self_attention.layer_norm)
             fill(layer.self_attention.linear[0], 3 * width, width)
@@ -162,6 +163,7 @@ def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespac
         eos_token_id=EOS,
         decoder_start_token_id=0,
         forced_eos_token_id=None,
+        activation_function=shape.activation,
         scale_embedding=True,
     )
     model = MarianMTModel(config).eval()
@@ -212,8 +214,10 @@ def main() -> None:
     # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
     if arguments.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+        os.environ["JAX_PLATFORMS"] = "cpu"
     else:  # all of them are on the device at the same time
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ["JAX_PLATFORMS"] = "cuda"
     sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
     report = {
         "what": vars(arguments),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,10 @@ def predicted(measured: Path, small: bool, file: Path) -> None:
     from tfm.planning.prediction import predict
 
     report = json.loads(measured.read_text())
-    _, config = parse("train", ["--workdir=unused", *(SMALL if small else BIG)], Arguments)
+    options = SMALL if small else BIG
+    if not set(options) <= set(report["command"].split()):
+        raise SystemExit(f"{measured}: of another step; run the stage train as well")
+    _, config = parse("train", ["--workdir=unused", *options], Arguments)
     trainer = trainer_for(config, sharding.make_mesh(config.mesh))
     compiled = compile_train_step(trainer)
     bandwidth = copy_bandwidth()
@@ -119,7 +123,7 @@ def decode(arguments: argparse.Namespace, file: Path) -> None:
 
 
 def run(arguments: argparse.Namespace, file: Path) -> None:
-    workdir = arguments.out / "multi30k"
+    workdir = fresh(arguments.out / "multi30k")
     options = (f"--workdir={workdir}", *corpus_of(arguments))
     if arguments.small:
         options += ("--training.steps=30", "--training.evaluate_every=15")
@@ -147,6 +151,12 @@ def run(arguments: argparse.Namespace, file: Path) -> None:
     file.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def fresh(workdir: Path) -> Path:
+    """A directory in which no earlier run is."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    return workdir
+
+
 def corpus_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     return ("--config=demo",) if arguments.small else ("--config=multi30k", f"--data.corpus={arguments.corpus}")
 
@@ -160,7 +170,7 @@ def events(workdir: Path) -> list[dict]:
 def resume(arguments: argparse.Namespace, file: Path) -> None:
     runs = {}
     for name, kill_at in (("uninterrupted", None), ("killed", 30)):
-        workdir = runs[name] = arguments.out / name
+        workdir = runs[name] = fresh(arguments.out / name)
         command = [sys.executable, "train.py", f"--workdir={workdir}", *corpus_of(arguments), *_RESUMED]
         command += ["--training.deterministic=True", "--training.log_every=1", "--optimizer.warmup_steps=10"]
         if kill_at is not None:
@@ -168,13 +178,15 @@ def resume(arguments: argparse.Namespace, file: Path) -> None:
                 while process.poll() is None and not any(e["step"] >= kill_at for e in events(workdir)):
                     time.sleep(0.005)
                 process.send_signal(signal.SIGKILL)
+            if process.returncode != -signal.SIGKILL:
+                raise SystemExit(f"train.py ended with status {process.returncode} before it was to be killed")
         subprocess.run(command, cwd=ROOT, check=True)
     logs = [
         [{k: v for k, v in e.items() if not k.endswith("_per_second")} for e in events(workdir)]
         for workdir in runs.values()
     ]
     python(__file__, "--compare", *map(str, runs.values()), str(file))
-    result = json.loads(file.read_text()) | {"log_is_equal": logs[0] == logs[1], "steps_logged": len(logs[1])}
+    result = json.loads(file.read_text()) | {"log_is_equal": logs[0] == logs[1], "lines_logged": len(logs[1])}
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(result)
 
@@ -228,9 +240,11 @@ def main() -> None:
     for name in STAGES:
         if name in arguments.only:
             start = time.time()
+            file = arguments.out / f"{name}.json"
+            file.unlink(missing_ok=True)  # of an earlier start: what another stage reads is of this one
             try:
-                globals()[name](arguments, arguments.out / f"{name}.json")
-            except (subprocess.CalledProcessError, SystemExit) as error:  # the other stages can be had all the same
+                globals()[name](arguments, file)
+            except (Exception, SystemExit) as error:  # the other stages can be had all the same
                 print(f"{name}: {error}", file=sys.stderr)
                 failed.append(name)
             print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)

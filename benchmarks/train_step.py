@@ -118,7 +118,7 @@ def tfm_trainer(
 def tfm_step(rows: int, length: int, arguments: argparse.Namespace, sizes: Sizes) -> Step:
     import jax
 
-    devices = arguments.devices or (arguments.cores if sizes.platform == "cpu" else None)
+    devices = (arguments.devices or arguments.cores) if sizes.platform == "cpu" else 1  # PyTorch has one GPU, too
     inner_rate = DROPOUT if arguments.all_dropout else 0.0
     trainer, batch = tfm_trainer(rows, length, arguments.unroll_layers or sizes.layers, devices, inner_rate, sizes)
     with jax.set_mesh(trainer.mesh):
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="PyTorch's; half and all of the processors if unset")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processors that all of it may use")
     parser.add_argument("--unroll-layers", type=int, help="tfm's training.unroll_layers; all if unset")
-    parser.add_argument("--devices", type=int, help="that tfm makes of the CPU; one a core if unset")
+    parser.add_argument("--devices", type=int, help="that tfm makes of a CPU; one a core if unset")
     parser.add_argument("--all-dropout", action="store_true", help="also of attention weights and inner features")
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument("--json", help="file for the results; - is standard output")
@@ -268,6 +268,7 @@ def main() -> None:
         arguments.threads = arguments.threads or sorted({max(1, arguments.cores // 2), arguments.cores})
     else:  # both are on the device at the same time
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ["JAX_PLATFORMS"] = "cuda"
         arguments.threads = arguments.threads or [1]
     report = {"what": vars(arguments), "python": platform.python_version(), "cpu": platform.processor(), "results": []}
     report["versions"] = {

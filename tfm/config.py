@@ -65,9 +65,9 @@ class ModelConfig:
     """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
     attention: Literal["auto", "plain"] = "auto"
     """How attention is computed in training; auto is one fused kernel where there is one that can take the sizes: on
-    TPUs of tfm's own (bfloat16, rows of 128 to 512 tokens in steps of 128, no attention dropout), on GPUs cuDNN's
-    (bfloat16, heads of up to 128 features in steps of 8, no attention dropout, not with training.deterministic). Plain,
-    and elsewhere, it is what XLA makes of the formula."""
+    TPUs of tfm's own (bfloat16, rows of 128 to 512 tokens in steps of 128, no attention dropout), on NVIDIA's GPUs from
+    Ampere on cuDNN's (bfloat16, rows of an even length, d_k and d_v the same, up to 128 in steps of 8, no attention
+    dropout, not with training.deterministic). Plain, and elsewhere, it is what XLA makes of the formula."""
 
     @property
     def key_width(self) -> int:
@@ -175,7 +175,7 @@ class TrainingConfig:
     """What the backward pass computes again to save memory: nothing, all but matrix products, or whole layers."""
     unroll_layers: int | None = _at_least(1, None)
     """Layers that the compiled step has side by side; more are faster, and take longer to compile. Unset, all of them
-    on a GPU, where a loop over layers takes a third longer, and 1 elsewhere."""
+    on a GPU, where a loop over layers takes half as long again, and 1 elsewhere."""
     log_every: int = _at_least(1, 10)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = _at_least(1, 1000)

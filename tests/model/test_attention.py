@@ -212,10 +212,13 @@ def cudnn(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 def test_cudnn_takes_the_place_of_the_formula_and_every_query_sees_a_key(cudnn, causal):
     config = ModelConfig(d_model=H * D_K, num_heads=H)
-    target, source = tokens(TARGET_SEGMENTS), tokens(TARGET_SEGMENTS if causal else SOURCE_SEGMENTS)
+    # Of even lengths, with padding at the end.
+    target, source = (
+        tokens(np.pad(segments, ((0, 0), (0, 1))))
+        for segments in (TARGET_SEGMENTS, TARGET_SEGMENTS if causal else SOURCE_SEGMENTS)
+    )
     x_BTD, memory_BSD = (
-        jnp.asarray(random(*segments.shape, H * D_K), jnp.bfloat16)
-        for segments in (TARGET_SEGMENTS, source.segments_BL)
+        jnp.asarray(random(*where.segments_BL.shape, H * D_K), jnp.bfloat16) for where in (target, source)
     )
     module = MultiHeadAttention(config, jnp.dtype(jnp.bfloat16))
     sights = {kernel: Sight.of(target, source, causal=causal, kernel=kernel) for kernel in ("plain", "cudnn")}
@@ -234,12 +237,20 @@ def test_cudnn_takes_the_place_of_the_formula_and_every_query_sees_a_key(cudnn, 
         assert np.linalg.norm(one - other) <= 0.02 * np.linalg.norm(one)
 
 
-def test_cudnn_is_not_asked_for_what_it_cannot_do(cudnn):
-    target, source = tokens(TARGET_SEGMENTS), tokens(SOURCE_SEGMENTS)
-    sight = Sight.of(target, source, causal=False, kernel="cudnn")
-    for width, dtype in ((D_K, jnp.float32), (4, jnp.bfloat16), (136, jnp.bfloat16)):
-        config = ModelConfig(d_model=H * width, num_heads=H)
-        x_BTD, memory_BSD = (jnp.ones((*s.shape, H * width), dtype) for s in (TARGET_SEGMENTS, SOURCE_SEGMENTS))
-        module = MultiHeadAttention(config, jnp.dtype(dtype))
-        jax.eval_shape(lambda m=module, x=x_BTD, y=memory_BSD: m.init(jax.random.key(0), x, y, sight, None, 0))
+@pytest.mark.parametrize(
+    ("d_k", "d_v", "length", "dtype"),
+    [
+        (8, 8, 10, "float32"),
+        (4, 4, 10, "bfloat16"),
+        (136, 136, 10, "bfloat16"),
+        (8, 16, 10, "bfloat16"),
+        (8, 8, 9, "bfloat16"),
+    ],
+)
+def test_cudnn_is_not_asked_for_what_it_cannot_do(cudnn, d_k, d_v, length, dtype):
+    where = tokens(np.ones((B, length), np.int32))
+    sight = Sight.of(where, where, causal=False, kernel="cudnn")
+    module = MultiHeadAttention(ModelConfig(d_model=16, num_heads=2, d_k=d_k, d_v=d_v), jnp.dtype(dtype))
+    x_BLD = jnp.ones((B, length, 16), dtype)
+    jax.eval_shape(lambda: module.init(jax.random.key(0), x_BLD, x_BLD, sight, None, 0))
     assert not cudnn

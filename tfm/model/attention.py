@@ -88,8 +88,9 @@ def dot_product_attention(
 def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
     """What the kernel makes of it; None where there is none, or it cannot take such sizes."""
     if sight.kernel == "cudnn":
-        widths = q_BTHK.shape[-1], v_BSHK.shape[-1]
-        if q_BTHK.dtype != jnp.bfloat16 or any(width % 8 or width > _WIDEST_CUDNN_HEAD for width in widths):
+        (queries, width), keys = q_BTHK.shape[1::2], k_BSHK.shape[1]
+        fits = q_BTHK.dtype == jnp.bfloat16 and width == v_BSHK.shape[-1]
+        if not fits or width % 8 or width > _WIDEST_CUDNN_HEAD or queries % 2 or keys % 2:
             return None
         # A query without any key, padding where its source has none, would be NaN there, and make its keys' gradients
         # NaN: it is shown all of them, and nothing comes of it.

@@ -1,8 +1,8 @@
 """The stacks, and the three ways in: training over whole rows, encoding, and one step of decoding.
 
-Training scans over the layers, so that compile time does not grow with depth: parameters of a stack have a leading
-dimension `layers`. Decoding never scans its cache, which would copy it every token: `unstack` cuts the parameters into
-layers once, and `decode_step` goes through them one by one.
+Training scans over the layers, so that compile time does not grow with depth where they aren't unrolled: parameters of
+a stack have a leading dimension `layers`. Decoding never scans its cache, which would copy it every token: `unstack`
+cuts the parameters into layers once, and `decode_step` goes through them one by one.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ class _Stack(nn.Module):
             return layer(x, *context, None if key is None else key.fold_in(index)), None
 
         if self.remat != "none":
-            # prevent_cse guards against an optimisation that a scan's body cannot undergo anyway.
-            apply_layer = nn.remat(apply_layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+            # prevent_cse guards against an optimisation that undoes all of it, which a loop's body cannot undergo; with
+            # every layer unrolled there is no loop.
+            unrolled = self.unroll >= self.depth
+            apply_layer = nn.remat(apply_layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=unrolled)
         scan = nn.scan(
             apply_layer,
             variable_axes={"params": 0},

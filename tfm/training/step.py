@@ -27,8 +27,8 @@ from tfm.training.optimizer import make_optimizer, make_schedule
 
 Metrics = dict[str, jax.Array]
 
-# XLA's own products against cuBLAS's, in the step of the big model on an H100: 1.035 times the time, and twice as long
-# to compile, since many tilings of each are tried.
+# XLA's own products against cuBLAS's, in the step of the big model on an H100: 1.035 times the time, and 1.7 times as
+# long to compile, since many tilings of each are tried.
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 # Logits that one device holds at a time: what a CPU's cache keeps; on accelerators, a small share of their memory.
