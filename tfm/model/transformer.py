@@ -32,7 +32,7 @@ def attention_kernel(config: ModelConfig, platform: str, *, deterministic: bool)
         return "plain"
     if platform == "tpu":
         return "pallas"
-    # cuDNN's backward pass adds up in no fixed order, and GPUs before Ampere have no such kernel.
+    # Nothing promises that cuDNN's backward pass adds up in a fixed order, and GPUs before Ampere have no such kernel.
     if platform == "gpu" and not deterministic:
         capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; none on AMD's
         if capability.partition(".")[0].isdigit() and float(capability) >= 8.0:
