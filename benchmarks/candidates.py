@@ -54,6 +54,20 @@ def plain_loss() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def autodiff_products() -> Iterator[None]:
+    """Gradients of the projections as JAX writes them, tall or not."""
+    import jax.numpy as jnp
+
+    from tfm.model import projection
+
+    def matmul(x, kernel):
+        return jnp.matmul(x, kernel, precision=projection.matmul_precision(x.dtype))
+
+    with mock.patch.object(projection, "matmul", matmul):
+        yield
+
+
 def logits_per_chunk(power: int) -> Change:
     from tfm.training import step
 
@@ -157,6 +171,7 @@ def two_pass_norm() -> Iterator[None]:
 CANDIDATES: dict[str, dict[str, Any]] = {
     "again": {},  # the shipped step once more: what noise is
     "plain_loss": {"change": plain_loss},
+    "autodiff_products": {"change": autodiff_products},
     "logits_2^19": {"change": lambda: logits_per_chunk(19)},
     "logits_2^20": {"change": lambda: logits_per_chunk(20)},
     "logits_2^21": {"change": lambda: logits_per_chunk(21)},

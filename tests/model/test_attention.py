@@ -10,12 +10,10 @@ import pytest
 from tfm.config import ModelConfig
 from tfm.model.attention import (
     MultiHeadAttention,
-    Projection,
     Sight,
     Tokens,
     attention_mask,
     dot_product_attention,
-    matmul_precision,
 )
 from tfm.model.dropout import dropout_key
 
@@ -124,8 +122,6 @@ def test_the_softmax_is_taken_in_float32():
 
 def test_float32_is_multiplied_as_float32():
     """An accelerator would otherwise round the operands; on a CPU only the instruction shows it."""
-    assert matmul_precision(jnp.dtype("float32")) == jax.lax.Precision.HIGHEST
-    assert matmul_precision(jnp.dtype("bfloat16")) is None
     q, mask = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 2, 2), bool)
     text = jax.jit(dot_product_attention).lower(q, q, q, mask).as_text()
     products = [line for line in text.split("\n") if "dot_general" in line]
@@ -174,25 +170,6 @@ def test_multi_head_attention_against_numpy():
     ]
     concatenated = np.concatenate(heads, axis=-1)
     np.testing.assert_allclose(out, concatenated @ kernel["output"].reshape(H * D_V, 12), atol=1e-5)
-
-
-@pytest.mark.parametrize(("in_shape", "out_shape"), [((64,), (8, 16)), ((8, 16), (64,))])
-def test_projections_start_glorot_uniform(in_shape, out_shape):
-    module = Projection(in_shape, out_shape, ("embed", "heads", "kv"), jnp.dtype("float32"), use_bias=True)
-    parameters = module.init(jax.random.key(0), jnp.zeros((1, *in_shape)))["params"]
-    kernel, bias = np.asarray(parameters["kernel"].value), np.asarray(parameters["bias"].value)
-    limit = math.sqrt(6 / (math.prod(in_shape) + math.prod(out_shape)))
-    assert 0.98 * limit < np.abs(kernel).max() <= limit
-    assert kernel.std() == pytest.approx(limit / math.sqrt(3), rel=0.03)
-    assert bias.shape == out_shape and not bias.any()
-
-
-def test_a_projection_adds_its_bias_and_computes_in_its_type():
-    module = Projection((3,), (2, 2), ("embed", "heads", "kv"), jnp.dtype("bfloat16"), use_bias=True)
-    parameters = {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
-    y = module.apply({"params": parameters}, jnp.ones((1, 5, 3)))
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(y.astype(jnp.float32)[0, 4], [[4.0, 5.0], [6.0, 7.0]])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tfm.model.attention import matmul_precision
+from tfm.model.projection import matmul_precision
 
 _SIZES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
 _SECONDS = 0.4  # for each library and size

@@ -17,7 +17,8 @@ from flax import linen as nn
 
 from tfm.config import ModelConfig
 from tfm.model.dropout import DropoutKey, dropout
-from tfm.sharding import LogicalAxes, constrain
+from tfm.model.projection import Projection, matmul_precision
+from tfm.sharding import constrain
 
 Kernel = Literal["plain", "pallas", "cudnn"]
 
@@ -58,11 +59,6 @@ class Sight:
     @classmethod
     def of(cls, queries: Tokens, keys: Tokens, *, causal: bool, kernel: Kernel = "plain") -> Sight:
         return cls(queries, keys, causal, attention_mask(queries, keys, causal=causal), kernel)
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """float32 means float32 on every device: without this, accelerators would round the operands."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def dot_product_attention(
@@ -106,39 +102,6 @@ def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight
         return None
     segments = sight.queries.segments_BL, sight.keys.segments_BL
     return fused_attention(*flat, *segments, width=width, causal=sight.causal).reshape(q_BTHK.shape)
-
-
-class Projection(nn.Module):
-    """A matrix product over the last `len(in_shape)` dimensions, with or without a bias.
-
-    The kernel has shape in_shape + out_shape and Glorot-uniform initial values, the bias out_shape and zeros.
-    """
-
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    axes: LogicalAxes  # logical names of the kernel's dimensions
-    dtype: jnp.dtype
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        inner = tuple(range(len(self.in_shape)))
-        outer = tuple(range(len(self.in_shape), len(self.axes)))
-        initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inner, out_axis=outer)
-        shape = self.in_shape + self.out_shape
-        kernel = self.param("kernel", nn.with_logical_partitioning(initializer, self.axes), shape, jnp.float32)
-        # As one plain matrix product: of several dimensions, compilers make layouts that have to be copied again.
-        rows = x.shape[: x.ndim - len(self.in_shape)]
-        y = jnp.matmul(
-            x.astype(self.dtype).reshape(*rows, math.prod(self.in_shape)),
-            kernel.astype(self.dtype).reshape(math.prod(self.in_shape), math.prod(self.out_shape)),
-            precision=matmul_precision(self.dtype),
-        ).reshape(*rows, *self.out_shape)
-        if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
-            bias = self.param("bias", zeros, self.out_shape, jnp.float32)
-            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + self.out_shape)
-        return y
 
 
 def attend_once(q_BWHK: jax.Array, k_BHLK: jax.Array, v_BHLK: jax.Array, mask_BLW: jax.Array) -> jax.Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfm.config import ModelConfig
-from tfm.model.attention import LayerCache, MultiHeadAttention, Projection, Sight, matmul_precision
+from tfm.model.attention import LayerCache, MultiHeadAttention, Sight
 from tfm.model.dropout import DropoutKey, dropout
+from tfm.model.projection import Projection, matmul_precision
 from tfm.sharding import constrain
 
 # Where in a layer dropout is applied; each site draws bits of its own.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tfm.model.attention import matmul_precision
+from tfm.model.projection import matmul_precision
 from tfm.sharding import constrain
 
 
