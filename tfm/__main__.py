@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tfm import __version__
+from tfm.allocator import keep_freed_memory
 from tfm.config import InputError
 
 COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "plan", "benchmark", "demo")
@@ -65,6 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise InputError(f"{name}: no such command; {hint}")
     _log_to_stderr()
+    keep_freed_memory()  # before a command's libraries start threads
     return importlib.import_module(f"tfm.commands.{name}").main(rest)
 
 

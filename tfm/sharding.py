@@ -7,15 +7,12 @@ Parameters and activations have names of their own, since one table for both wou
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import logging
 import math
 import os
 import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from flax.linen import meta
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tfm.allocator import keep_freed_memory
 from tfm.config import ConfigError, MeshConfig
 
 _log = logging.getLogger(__name__)
@@ -52,9 +50,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 _MOST_CPU_DEVICES = 16  # with more of them, each would have but a few sentences of a batch
 
-# Options of glibc's mallopt(3): M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
-_KEEP_FREED_MEMORY = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
-
 LogicalAxes = tuple[str | None, ...]
 
 
@@ -65,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the axes do not multiply to the number of devices.
     """
     if devices is None:
-        _keep_freed_memory()
+        keep_freed_memory()
         devices = jax.devices()
     devices = list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -99,7 +94,7 @@ def decoding_mesh(tensor: int) -> Mesh:
 
     For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     if tensor < 1 or jax.device_count() % tensor:
         _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, jax.device_count())
         tensor = 1
@@ -111,7 +106,7 @@ def first_devices(count: int | None) -> list[Any]:
 
     Raises ConfigError where there are fewer.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     if count is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # too late: with the devices that there are
             jax.config.update("jax_num_cpu_devices", count)
@@ -132,24 +127,6 @@ def decode_on_every_core() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # too late: with the devices that there are
         jax.config.update("jax_num_cpu_devices", min(_MOST_CPU_DEVICES, cores))
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library keep what is freed instead of giving it back to the system: on a CPU, with glibc.
-
-    There, XLA allocates its temporary buffers anew in each step. They are large, so that each would be mapped, filled
-    with zeros page by page, and unmapped again: a fifth of all CPU time, measured on a small model. One arena, since
-    those of threads are mapped and unmapped whatever the other options say; so it has to come before JAX's threads do.
-    """
-    has_accelerator = bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
-    if has_accelerator and jax.config.jax_platforms != "cpu":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in _KEEP_FREED_MEMORY.items():
-        mallopt(option, value)
 
 
 def use_compilation_cache() -> None:

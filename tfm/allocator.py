@@ -1,0 +1,31 @@
+"""How the C library deals with freed memory, which decides a fifth of the time of a small model's step on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+# Options of glibc's mallopt(3): M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+_KEEP_FREED = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed instead of giving it back to the system: on a CPU, with glibc.
+
+    There, XLA allocates its temporary buffers anew in each step. They are large, so that each would be mapped, filled
+    with zeros page by page, and unmapped again: a fifth to a quarter of all time, measured on small models.
+
+    One arena, since those of threads are mapped and unmapped whatever the other options say. A thread that has an arena
+    keeps it, and hands it on, so this has to come before the first thread does: before libraries are imported.
+    """
+    has_accelerator = bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
+    if has_accelerator and os.environ.get("JAX_PLATFORMS") != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    for option, value in _KEEP_FREED.items():
+        mallopt(option, value)
