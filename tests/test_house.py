@@ -157,6 +157,7 @@ def test_every_module_has_its_tests(module):
         "__main__.py": "test_house.py",
         "config_checks.py": "test_config.py",
         "chips.py": "model/test_flops.py",
+        "decoding/beam.py": "decoding/test_search.py",
         "decoding/translation.py": "decoding/test_translator.py",
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",

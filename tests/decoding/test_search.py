@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tfm.decoding import search
-from tfm.decoding.search import Cache, Limits, length_penalty
+from tfm.decoding.beam import beam_search, length_penalty
+from tfm.decoding.search import Cache, Limits
 
 BOS, EOS = 0, 1
 IDS = {"bos": BOS, "eos": EOS}
@@ -84,7 +85,7 @@ def beam(step, cache, bounds, *, beams, n_best=1, alpha=0.6):
     settings = {"beams": beams, "n_best": n_best, "alpha": alpha}
     # Hundreds of beams take longer to search than to compile, and are worth the optimisation that tests do without.
     options = {"xla_backend_optimization_level": 1} if beams > 100 else None
-    search_all = jax.jit(lambda: search.beam(step, cache, bounds, **settings, **IDS), compiler_options=options)
+    search_all = jax.jit(lambda: beam_search(step, cache, bounds, **settings, **IDS), compiler_options=options)
     return jax.device_get(search_all())
 
 

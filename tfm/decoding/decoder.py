@@ -22,6 +22,7 @@ from tfm import sharding
 from tfm.config import ConfigError, DecodingConfig
 from tfm.data.tokenizer import BOS, EOS, PAD
 from tfm.decoding import search
+from tfm.decoding.beam import beam_search
 from tfm.decoding.vocabulary import Vocabulary
 from tfm.model import transformer
 from tfm.model.transformer import Transformer, abstract_parameters
@@ -207,7 +208,7 @@ class Decoder:
             )
         if beams == 1:
             return search.greedy(step, cache, limits, **symbols)
-        return search.beam(step, cache, limits, beams=beams, n_best=c.n_best, alpha=c.length_penalty, **symbols)
+        return beam_search(step, cache, limits, beams=beams, n_best=c.n_best, alpha=c.length_penalty, **symbols)
 
     def _step(self, parameters: tuple[Any, ...], tokens_BW: jax.Array, caches: tuple[Any, ...]) -> tuple[Any, Any]:
         """One step of all models: logits [B, W, V] and the caches."""

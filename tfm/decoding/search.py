@@ -1,9 +1,9 @@
-"""Search over `step_fn(tokens, cache) -> (logits, cache)`: it knows no model, and is tested on tables of numbers.
+"""Search over `step_fn(tokens, cache) -> (logits, cache)`: what all searches share, greedy search and sampling.
+
+Nothing of it, nor of `beam`, knows a model; both are tested on tables of numbers.
 
 Every hypothesis ends in the end symbol, which is forced on it where it has as many tokens as it may have, so that its
 log-probability is that of a whole translation, however it came to its end.
-
-Dimension R: complete hypotheses that are kept.
 """
 
 from __future__ import annotations
@@ -50,12 +50,20 @@ class Cache(NamedTuple):
     reorder: Callable[[Any, jax.Array], Any] = _as_it_is  # the cache of new beams, given the parents [B, W] of each
 
 
-def length_penalty(length: jax.Array | float, alpha: float) -> jax.Array:
-    """((5 + length) / 6) ** alpha, the divisor of a log-probability: Wu et al. (2016), equation 14; the end counts."""
-    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+def run(step: Callable[[Any], Any], ended: Callable[[Any], jax.Array], state: Any, limits: Limits, length: int) -> Any:
+    """Steps until every sentence has ended or is given up."""
+
+    def goes_on(state: Any) -> jax.Array:
+        return (state.position < length) & jnp.any(~ended(state) & (state.position < limits.patience_B))
+
+    return jax.lax.while_loop(goes_on, step, state)
 
 
-# Greedy search and sampling -------------------------------------------------------------------------------------------
+def prefix_at(position: jax.Array, limits: Limits) -> jax.Array:
+    """The token [B] that is forced at a position; -1 where it is free."""
+    length = limits.prefix_BT.shape[1]
+    forced_B = jax.lax.dynamic_index_in_dim(limits.prefix_BT, jnp.minimum(position, length - 1), axis=1, keepdims=False)
+    return jnp.where(position < length, forced_B, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +178,7 @@ def _walk(
         maxima_BWN = vocabulary.maxima(logits_BWV)
         tokens_BW = choose(vocabulary, logits_BWV, maxima_BWN, position >= limits.least_B, position)
         if limits.prefix_BT is not None:
-            forced_B1 = _prefix_at(position, limits)[:, None]
+            forced_B1 = prefix_at(position, limits)[:, None]
             tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
         tokens_BW = jnp.where(position >= limits.most_B[:, None], eos, tokens_BW)
         peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
@@ -197,233 +205,9 @@ def _walk(
         jnp.zeros((batch, walks)),
         cache.start,
     )
-    end = _run(step, ended, start, limits, length)
+    end = run(step, ended, start, limits, length)
     tokens_BWT = end.tokens_TBW.transpose(1, 2, 0)
     lengths_BW = jnp.sum(jnp.cumprod((tokens_BWT != eos).astype(jnp.int32), axis=2), axis=2)
     # One that ended beyond its patience did so in company of a more patient one: alone, it would have been given up.
     in_time_B = jnp.max(lengths_BW, axis=1) < limits.patience_B
     return Hypotheses(tokens_BWT, lengths_BW, end.log_probs_BW, ended(end) & in_time_B)
-
-
-# Beam search ----------------------------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Beams:
-    """What a beam search carries from token to token.
-
-    Hypotheses are links: a beam holds its newest token and the beam that it grew from, so that nothing written is ever
-    moved, and the tokens are read backwards along the links once, at the end.
-    """
-
-    position: jax.Array  # int32 []; tokens that every living beam has
-    log_probs_BW: jax.Array  # of the living beams, the likeliest first; -inf for a beam that is none
-    last_BW: jax.Array  # their newest token: the next step's input
-    tokens_TBW: jax.Array  # the token that each beam wrote at each position
-    parents_TBW: jax.Array  # and the beam, of the position before, that it went on from
-    scores_BR: jax.Array  # of the complete hypotheses, the best first; -inf where there is none yet
-    found_BR: _Found
-    greedy_B: jax.Array  # the beam that greedy search is on; -1 where greedy search has come to its end
-    done_B: jax.Array  # can no living beam become one of the complete hypotheses any more?
-    cache: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """Complete hypotheses, in the order of their scores."""
-
-    log_probs: jax.Array  # float32, the end symbol counted
-    lengths: jax.Array  # int32, the end symbol not counted
-    beams: jax.Array  # int32; the beam that the end symbol follows on
-
-
-def beam(
-    step_fn: StepFunction,
-    cache: Cache,
-    limits: Limits,
-    *,
-    beams: int,
-    n_best: int,
-    alpha: float,
-    bos: int,
-    eos: int,
-    banned: Sequence[int] = (),
-) -> Hypotheses:
-    """Beam search for the hypotheses of the highest log-probability / `length_penalty`.
-
-    At each step, the end symbol is tried after every living beam, and the `beams` likeliest of all other continuations
-    live on; what greedy search would write always does, in the place of the last of them if need be, so that no result
-    is worse than greedy's. A sentence is done when no living beam could beat the `n_best` complete ones, were all its
-    further tokens certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
-
-    Args:
-      step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache.
-      cache: of the step function.
-      limits: of each sentence.
-      beams: living hypotheses W a sentence.
-      n_best: complete hypotheses R that are kept, the result's W.
-      alpha: of the length penalty; 0 is none.
-      bos, eos, banned: as for `greedy`.
-    """
-    batch, length = limits.most_B.shape[0], cache.length
-    longest_penalty_B = length_penalty(limits.most_B + 1, alpha)
-
-    def step(state: _Beams) -> _Beams:
-        position = state.position
-        logits_BWV, inner = step_fn(state.last_BW, state.cache)
-        vocabulary = Vocabulary(logits_BWV.shape[-1], eos, banned)
-        maxima_BWN = vocabulary.maxima(logits_BWV)
-        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
-        base_BW = state.log_probs_BW - rest_BW - peak_BW
-
-        may_end_B1 = (position >= limits.least_B)[:, None]
-        ended_BW = jnp.where(may_end_B1, base_BW + vocabulary.logits_of_end(logits_BWV), -jnp.inf)
-        if limits.prefix_BT is not None:
-            forced_B1 = _prefix_at(position, limits)[:, None]
-            ended_BW = jnp.where(forced_B1 >= 0, -jnp.inf, ended_BW)
-        scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
-
-        log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWN, base_BW, beams)
-        best = _greedy_choice(state, vocabulary, logits_BWV, maxima_BWN, may_end_B1)
-        log_probs_BW, parents_BW, tokens_BW, greedy_B = _with_greedy(
-            (log_probs_BW, parents_BW, tokens_BW), base_BW, state.greedy_B, *best
-        )
-        if limits.prefix_BT is not None:
-            forced_log_prob_B1 = base_BW[:, :1] + vocabulary.logits_of(logits_BWV[:, :1], forced_B1.clip(0))
-            first_1W = (jnp.arange(beams) == 0)[None]
-            log_probs_BW = jnp.where(forced_B1 < 0, log_probs_BW, jnp.where(first_1W, forced_log_prob_B1, -jnp.inf))
-            parents_BW = jnp.where(forced_B1 < 0, parents_BW, 0)
-            tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
-            greedy_B = jnp.where(forced_B1[:, 0] < 0, greedy_B, 0)
-        log_probs_BW = _no_nan(jnp.where((position < limits.most_B)[:, None], log_probs_BW, -jnp.inf))
-
-        reach_B = jnp.max(log_probs_BW, axis=1) / longest_penalty_B
-        return _Beams(
-            position + 1,
-            log_probs_BW,
-            tokens_BW,
-            jax.lax.dynamic_update_index_in_dim(state.tokens_TBW, tokens_BW, position, axis=0),
-            jax.lax.dynamic_update_index_in_dim(state.parents_TBW, parents_BW, position, axis=0),
-            scores_BR,
-            found_BR,
-            greedy_B,
-            state.done_B | ((scores_BR[:, -1] >= reach_B) & (position < limits.patience_B)),
-            cache.reorder(inner, parents_BW),
-        )
-
-    start = _Beams(
-        jnp.zeros((), jnp.int32),
-        jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)[None].repeat(batch, axis=0),
-        jnp.full((batch, beams), bos, jnp.int32),
-        jnp.zeros((length, batch, beams), jnp.int32),
-        jnp.zeros((length, batch, beams), jnp.int32),
-        jnp.full((batch, n_best), -jnp.inf),
-        _Found(
-            jnp.full((batch, n_best), -jnp.inf),
-            jnp.zeros((batch, n_best), jnp.int32),
-            jnp.zeros((batch, n_best), jnp.int32),
-        ),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch,), bool),
-        cache.start,
-    )
-    end = _run(step, lambda state: state.done_B, start, limits, length)
-    tokens_BRT = _read_back(end, eos)
-    return Hypotheses(tokens_BRT, end.found_BR.lengths, end.found_BR.log_probs, end.done_B)
-
-
-def _greedy_choice(
-    state: _Beams, vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B1: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """What greedy search goes on with on its beam: the logit and the token [B, 1]; -inf where it ends or has ended."""
-    is_greedy_BW = jnp.arange(logits_BWV.shape[1])[None] == state.greedy_B[:, None]
-    on_its_beam_BW = jnp.where(is_greedy_BW, 0.0, -jnp.inf)
-    logit_B1, _, token_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWN, on_its_beam_BW, 1)
-    end_B1 = jnp.max(vocabulary.logits_of_end(logits_BWV) + on_its_beam_BW, axis=1, keepdims=True)
-    ends_B1 = may_end_B1 & ((end_B1 > logit_B1) | ((end_B1 == logit_B1) & (vocabulary.eos < token_B1)))
-    return jnp.where(ends_B1, -jnp.inf, logit_B1), token_B1
-
-
-def _with_greedy(
-    picks: tuple[jax.Array, jax.Array, jax.Array],
-    base_BW: jax.Array,
-    greedy_B: jax.Array,
-    logit_B1: jax.Array,
-    token_B1: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The picked log-probabilities, parents and tokens, greedy search's among them, and the beam that it is on now.
-
-    Where it is not one of the picks, it is no likelier than the last of them, and takes its place.
-    """
-    log_probs_BW, parents_BW, tokens_BW = picks
-    last, greedy_B1 = tokens_BW.shape[1] - 1, greedy_B[:, None]
-    goes_on_B1 = logit_B1 > -jnp.inf
-    is_it_BW = (parents_BW == greedy_B1) & (tokens_BW == token_B1)
-    missing_B1 = goes_on_B1 & ~jnp.any(is_it_BW, axis=1, keepdims=True)
-    here_BW = missing_B1 & (jnp.arange(last + 1) == last)[None]
-    log_prob_B1 = jnp.take_along_axis(base_BW, jnp.maximum(greedy_B1, 0), axis=1) + logit_B1
-    beam_B = jnp.where(missing_B1[:, 0], last, jnp.argmax(is_it_BW, axis=1))
-    return (
-        jnp.where(here_BW, log_prob_B1, log_probs_BW),
-        jnp.where(here_BW, greedy_B1, parents_BW),
-        jnp.where(here_BW, token_B1, tokens_BW),
-        jnp.where(goes_on_B1[:, 0], beam_B, -1).astype(jnp.int32),
-    )
-
-
-def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Array, _Found]:
-    """The best of the complete hypotheses and of the living beams with the end symbol; of equals, the older one.
-
-    Those of a sentence that is done stay as they are, however long the others of its batch take.
-    """
-    ended_BW = jnp.where(state.done_B[:, None], -jnp.inf, ended_BW)
-    beams = ended_BW.shape[1]
-    new = _Found(
-        ended_BW,
-        jnp.broadcast_to(state.position, ended_BW.shape),
-        jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), ended_BW.shape),
-    )
-    scores = jnp.concatenate([state.scores_BR, ended_BW / length_penalty(state.position + 1, alpha)], axis=1)
-    scores_BR, chosen_BR = jax.lax.top_k(scores, state.scores_BR.shape[1])
-    both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.found_BR, new)
-    return scores_BR, jax.tree.map(lambda x: jnp.take_along_axis(x, chosen_BR, axis=1), both)
-
-
-def _read_back(end: _Beams, eos: int) -> jax.Array:
-    """The tokens [B, R, T] of the complete hypotheses, along the links from their last to their first."""
-    length = end.tokens_TBW.shape[0]
-
-    def back(beams_BR: jax.Array, at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        position, tokens_BW, parents_BW = at
-        inside_BR = position < end.found_BR.lengths
-        tokens_BR = jnp.where(inside_BR, jnp.take_along_axis(tokens_BW, beams_BR, axis=1), eos)
-        return jnp.where(inside_BR, jnp.take_along_axis(parents_BW, beams_BR, axis=1), beams_BR), tokens_BR
-
-    links = (jnp.arange(length), end.tokens_TBW, end.parents_TBW)
-    return jax.lax.scan(back, end.found_BR.beams, links, reverse=True)[1].transpose(1, 2, 0)
-
-
-# Of all searches ------------------------------------------------------------------------------------------------------
-
-
-def _run(step: Callable[[Any], Any], ended: Callable[[Any], jax.Array], state: Any, limits: Limits, length: int) -> Any:
-    """Steps until every sentence has ended or is given up."""
-
-    def goes_on(state: Any) -> jax.Array:
-        return (state.position < length) & jnp.any(~ended(state) & (state.position < limits.patience_B))
-
-    return jax.lax.while_loop(goes_on, step, state)
-
-
-def _prefix_at(position: jax.Array, limits: Limits) -> jax.Array:
-    """The token [B] that is forced at a position; -1 where it is free."""
-    length = limits.prefix_BT.shape[1]
-    forced_B = jax.lax.dynamic_index_in_dim(limits.prefix_BT, jnp.minimum(position, length - 1), axis=1, keepdims=False)
-    return jnp.where(position < length, forced_B, -1)
-
-
-def _no_nan(log_probs: jax.Array) -> jax.Array:
-    """What a broken model gives is never a hypothesis."""
-    return jnp.where(jnp.isnan(log_probs), -jnp.inf, log_probs)
