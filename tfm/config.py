@@ -147,7 +147,7 @@ class OptimizerConfig:
     """Decay of Adam's first moment."""
     beta2: float = _share(0.98)
     """Decay of Adam's second moment."""
-    epsilon: float = _at_least(0, 1e-9)
+    epsilon: float = _at_least(1e-30, 1e-9)
     """Added to Adam's denominator."""
     weight_decay: float = _at_least(0, 0.0)
     """Decoupled weight decay of matrices (adamw and adafactor), per unit of learning rate."""

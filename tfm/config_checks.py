@@ -53,6 +53,11 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"data.train_split and data.validation_split are both {data.train_split!r}: validation must be unseen"
         )
+    if training.initialize_from is not None and data.tokenizer is not None:
+        raise ConfigError(
+            f"training.initialize_from={training.initialize_from} brings its own tokenizer, and data.tokenizer="
+            f"{data.tokenizer} names another: leave one of them out"
+        )
     rows = training.target_tokens_per_batch // data.target_row_length
     if rows < training.gradient_accumulation:
         raise ConfigError(

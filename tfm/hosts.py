@@ -124,8 +124,10 @@ def _start(hosts: HostsConfig) -> bool:
     address = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     size = hosts.count if hosts.count is not None else _number("JAX_NUM_PROCESSES")
     number = hosts.index if hosts.index is not None else _number("JAX_PROCESS_ID")
-    if address is not None and (":" not in address or not address.rpartition(":")[2].isdecimal()):
-        raise ConfigError(f"hosts.coordinator={address}: expected HOST:PORT of the first host")
+    if address is not None:
+        port = address.rpartition(":")[2]
+        if ":" not in address or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ConfigError(f"hosts.coordinator={address}: expected HOST:PORT of the first host, PORT below 65536")
     if size is not None and number is not None and not 0 <= number < size:
         raise ConfigError(f"hosts.index={number}: expected 0 to {size - 1}, since hosts.count={size}")
     if address is not None and number == 0:

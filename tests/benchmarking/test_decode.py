@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tfm import device_memory
 from tfm.benchmarking import decode
 from tfm.benchmarking.decode import DecodeTiming, time_decoding
 from tfm.decoding.decoder import Decoder
+from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import decode_step_flops, prefill_flops
 
 LENGTH = 6
@@ -106,3 +108,11 @@ def test_one_sentence_on_two_devices_needs_a_row_on_each(tiny, make_peak):
     timed = timed_on(jax.devices()[:2], tiny, make_peak, beams=1, sentences=1)
     assert (timed["sentences"], timed["rows_per_batch"], timed["row_padding"]) == (1, 2, 0.5)
     assert timed["collectives"] == {}
+
+
+def test_sentences_that_do_not_fit_at_once_are_told_with_how_many_do(tiny, make_peak, monkeypatch):
+    monkeypatch.setattr(device_memory, "room_of", lambda device: 0)
+    peak = make_peak(jax.devices()[:1], jnp.float32)
+    message = r"a search over 3 sentences of 5 tokens with beams of 2: needs .* GiB .*; not even one fits$"
+    with pytest.raises(OutOfDeviceMemory, match=message):
+        time_decoding(tiny, jax.devices()[:1], DecodeTiming(length=4, steps=1), peak, beams=2, sentences=3)

@@ -67,3 +67,16 @@ def test_memory_is_the_device_s_where_it_counts():
     assert found["peak_device_memory_bytes"] == found["program_memory_bytes"] >= 8 * 1024
     found = programs.memory(compiled, [counting, fuller])
     assert (found["peak_device_memory_source"], found["peak_device_memory_bytes"]) == ("device", 7)
+
+
+def test_the_largest_power_of_two_below_a_number():
+    asked = []
+
+    def fits(number):
+        asked.append(number)
+        return number <= 5
+
+    assert programs.largest_power_of_two(64, fits) == 4 and asked == [32, 16, 8, 4]
+    assert programs.largest_power_of_two(65, lambda number: True) == 64
+    assert programs.largest_power_of_two(1, lambda number: True) is None
+    assert programs.largest_power_of_two(8, lambda number: False) is None

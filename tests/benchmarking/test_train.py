@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tfm import sharding
+from tfm import device_memory, sharding
+from tfm.benchmarking import programs, train
 from tfm.benchmarking.train import TrainTiming, time_training, trainer_of, unrolled_flops, workload
 from tfm.config import ConfigError, MeshConfig
+from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 
 STEPS, WARMUP = 5, 1
@@ -140,3 +142,24 @@ def test_rows_that_do_not_divide_are_refused(tiny, make_peak):
     devices = jax.devices()[:3]
     with pytest.raises(ConfigError, match=r"do not divide over mesh\.data"):
         time_training(tiny, devices, TrainTiming(), make_peak(devices, jnp.dtype("float32")))
+
+
+def test_a_batch_that_does_not_fit_is_told_with_the_largest_power_of_two_that_does(tiny, make_peak, monkeypatch):
+    """Memory that 8 rows do not fit in and 4 do; XLA says what each takes."""
+    mesh = sharding.make_mesh(tiny.mesh, jax.devices()[:1])
+
+    def needed(rows: int) -> int:
+        config = train.with_rows(tiny, rows)
+        trainer = train.trainer_of(config, tiny.data.vocab_size, mesh)
+        with jax.set_mesh(mesh):
+            compiled = trainer.train_step.lower(trainer.abstract_state, train._abstract_batch(config)).compile()
+        return programs.memory(compiled, [])["program_memory_bytes"]
+
+    monkeypatch.setattr(device_memory, "room_of", lambda device: needed(4))
+    message = r"a step of 8 rows \(training.*=384\): needs .* GiB .*; 4 rows fit, .*: --training.*=192$"
+    peak = make_peak(jax.devices()[:1], jnp.float32)
+    with pytest.raises(OutOfDeviceMemory, match=message):
+        time_training(tiny, jax.devices()[:1], TrainTiming(steps=1, warmup=0), peak)
+    monkeypatch.setattr(device_memory, "room_of", lambda device: 0)
+    with pytest.raises(OutOfDeviceMemory, match=r"not even one row fits$"):
+        time_training(tiny, jax.devices()[:1], TrainTiming(steps=1, warmup=0), peak)

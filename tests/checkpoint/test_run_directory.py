@@ -171,3 +171,13 @@ def test_a_line_that_is_no_event_is_removed_and_named(tmp_path, caplog):
 def test_nothing_here_needs_jax():
     program = "import sys, tfm.checkpoint; sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    taken = pytest.raises(InputError, match=r"run: another process is training in it: wait")
+    with run.locked(), taken, run.locked():
+        pass
+    with run.locked():  # free again
+        pass
+    assert RunDirectory.create(tmp_path / "run", Config()).path == run.path

@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import threading
+import time
 from contextlib import ExitStack
 
 import pytest
 
-from tfm.commands.lines import Output, json_line, opened, raw_lines, text_lines
+from tfm.commands.lines import Output, check_writable, json_line, opened, raw_lines, text_lines
 from tfm.config import InputError
 
 
@@ -112,3 +114,31 @@ def test_a_file_that_nothing_was_written_to_is_not_left_in_the_way(tmp_path):
         output.write(["a"])
         raise KeyError
     assert (tmp_path / "out").read_bytes() == b"a\n"
+
+
+def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
+    with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
+        check_writable(tmp_path / "none" / "a.json")
+    check_writable(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
+    (tmp_path / "old.json").write_text("kept")
+    check_writable(tmp_path / "old.json")
+    assert (tmp_path / "old.json").read_text() == "kept"
+
+
+def test_a_pipe_that_does_not_wait_is_waited_for():
+    """As a parent process may hand one over: a read gives nothing yet, which is not the end."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def write() -> None:
+        for part in (b"one\ntw", b"o\n", b"three"):
+            time.sleep(0.05)
+            os.write(writing, part)
+        os.close(writing)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with open(reading, "rb", buffering=0) as file:
+        assert list(raw_lines(file)) == [b"one", b"two", b"three"]
+    writer.join()

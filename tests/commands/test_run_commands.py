@@ -204,3 +204,23 @@ def test_prepare_leaves_nothing_of_a_corpus_it_refuses(reversal, tmp_path, capsy
     err = capsys.readouterr().err
     assert "train.en has" in err and "train.de has 1:" in err
     assert not (tmp_path / "run" / "store").exists()
+
+
+def test_prepare_takes_the_tokenizer_of_the_run_that_training_starts_from(trained, tmp_path, capsys):
+    """So that training, with the same options, finds the store that it needs."""
+    argv = [f"--workdir={tmp_path / 'run'}", f"--training.initialize_from={trained}", "--training.steps=2"]
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from pathlib import Path\nfrom tfm.config import from_json\n"
+        f"def get_config():\n    return from_json(Path({str(trained / 'config.json')!r}))\n"
+    )
+    assert main(["prepare", f"--config={config}", *argv]) == 0
+    assert main(["train", f"--config={config}", *argv]) == 0
+
+
+def test_evaluate_leaves_earlier_results_where_it_cannot_run(trained, capsys, tmp_path):
+    for name in ("scores.json", "out"):
+        (tmp_path / name).write_text("earlier")
+    argv = ["evaluate", f"--workdir={trained}", f"--json={tmp_path / 'scores.json'}", f"--output={tmp_path / 'out'}"]
+    assert main([*argv, "--checkpoint=999"]) == 2
+    assert {(tmp_path / name).read_text() for name in ("scores.json", "out")} == {"earlier"}

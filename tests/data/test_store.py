@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tfm.config import Config, DataConfig, InputError
 from tfm.data import checks, shards, store_builder
 from tfm.data.checks import CorpusReport
 from tfm.data.shards import StoreWriter
-from tfm.data.store import PairTable, TokenStore, open_store, prepare, store_directory
+from tfm.data.store import PairTable, TokenStore, _cache_of, open_store, prepare, store_directory
 from tfm.data.tokenizer import EOS
 
 WORDS = ["red", "house", "tree", "dog", "blue", "walks", "sees", "green", "tall", "cat"]
@@ -126,6 +127,15 @@ def test_mixture_with_weights_tags_and_a_corpus_without_validation(tmp_path, cor
     assert store.tokenizer.encode(["<bt> red house"])[0] == [tag, *store.tokenizer.encode(["red house"])[0]]
     assert not any(tag in plain.pair(i)[0] for i in range(600))
     assert tagged.source_lengths.tolist() == [len(row) for row in rows]
+
+
+def test_validation_text_has_the_tag_that_its_tokens_have(tmp_path, corpus):
+    tagged = config(corpus, options=";tag=<2de>")
+    store = prepare(tagged, tmp_path / "store")
+    [table] = store.tables("validation")
+    for index, (source, target) in enumerate(store.text("validation")):
+        assert source.startswith("<2de> ") and not target.startswith("<2de>")
+        assert store.tokenizer.encode([source])[0] == table.pair(index)[0][:-1].tolist()
 
 
 def test_training_drops_and_counts_and_validation_keeps(tmp_path):
@@ -367,6 +377,11 @@ def test_cache_is_filled_once_and_read_from(tmp_path, corpus):
     again = open_store(tmp_path / "store", tmp_path / "cache")
     assert texts(again, "train") == expected and again.corpus_hash == store.corpus_hash
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_remote_store_needs_a_cache_and_says_so_before_anything_is_prepared(corpus):
+    with pytest.raises(InputError, match=r"^gs://bucket/store: is not on a local disk; set data.cache_dir"):
+        _cache_of(epath.Path("gs://bucket/store"), None)
 
 
 def test_damaged_store_is_not_cached(tmp_path, corpus):

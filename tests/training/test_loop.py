@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from tfm.checkpoint import CheckpointReader, RunDirectory
+from tfm.checkpoint import CheckpointReader, RunDirectory, run_directory
 from tfm.commands import train as train_command
 from tfm.config import ConfigError, InputError
 from tfm.training import loop
@@ -218,10 +219,52 @@ def test_starting_from_another_run_takes_its_averaged_parameters_and_its_tokeniz
 
 def test_another_tokenizer_than_that_of_the_run_started_from_is_refused(finished, tiny_config, tmp_path):
     tokenizer = str(finished / "tokenizer.model")
-    both = tiny_config({"training.initialize_from": str(finished), "data.tokenizer": tokenizer})
     with pytest.raises(ConfigError, match=r"initialize_from=.* brings its own tokenizer, and data.tokenizer="):
-        train(both, tmp_path / "run")
+        tiny_config({"training.initialize_from": str(finished), "data.tokenizer": tokenizer})
     config = tiny_config({"training.initialize_from": str(finished), "data.store": str(tmp_path / "store")})
     loop.prepare(tiny_config(), tmp_path / "store")  # with a tokenizer of its own
     with pytest.raises(InputError, match=r"store: holds a token store prepared otherwise \(data.tokenizer="):
         train(config, tmp_path / "other")
+
+
+def test_a_log_that_is_gone_is_begun_anew(finished, tmp_path):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    (workdir / "metrics.jsonl").unlink()
+    assert train(RunDirectory.open(workdir).config, workdir) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == b""
+
+
+def test_hosts_but_the_first_do_not_look_at_the_log(finished, tmp_path, monkeypatch):
+    """They may be sooner than the first is in making it."""
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    with ExitStack() as stack:
+        run = started(RunDirectory.open(workdir).config, workdir, stack)
+        assert len(run._logged()) == 4
+        monkeypatch.setattr(loop.hosts, "is_first", lambda: False)
+        assert run._logged() == []
+
+
+def test_a_run_directory_on_an_object_store(finished, tiny_config, tmp_path, monkeypatch):
+    """A local directory behind the interface that gs:// has: no pathlib.Path, and nothing that can be appended to."""
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+
+    def as_path(path):
+        name = os.fspath(path)
+        return epath.Path(str(bucket / name.removeprefix("gs://"))) if name.startswith("gs://") else Path(path)
+
+    monkeypatch.setattr(run_directory, "as_path", as_path)
+    source = RunDirectory.open(finished).config
+    config = dataclasses.replace(
+        source,
+        data=dataclasses.replace(source.data, store=str(tmp_path / "store")),
+        training=dataclasses.replace(source.training, checkpoint_every=2),
+    )
+    assert train(config, "gs://runs/one") == 0
+    there = bucket / "runs" / "one"
+    assert logged(there)[-1]["step"] == 3 and len(logged(there, "validation")) == 1
+    assert (there / "curves.png").read_bytes().startswith(b"\x89PNG") and list((there / "tensorboard").iterdir())
+    assert [event["loss"] for event in logged(there)] == [event["loss"] for event in logged(finished)]
+    shutil.rmtree(there / "checkpoints" / "3")
+    assert train(config, "gs://runs/one") == 0  # from step 2 on
+    assert [event["step"] for event in logged(there)] == [1, 2, 3]

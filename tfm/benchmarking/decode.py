@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tfm import sharding
+from tfm import device_memory, sharding
 from tfm.benchmarking import programs
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.profile import profiled
@@ -26,6 +26,7 @@ from tfm.benchmarking.rates import per_second, utilisation
 from tfm.config import Config
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
 from tfm.decoding.decoder import Bucket, Decoder
+from tfm.device_memory import OutOfDeviceMemory
 from tfm.model import transformer
 from tfm.model.flops import decode_step_flops, prefill_flops
 from tfm.model.transformer import Transformer, compute_dtype, count_parameters, init_parameters
@@ -62,15 +63,17 @@ def time_decoding(
 
     Raises:
       ConfigError: what the decoder raises.
+      OutOfDeviceMemory: sentences that don't fit at once, and how many do.
     """
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1), devices)
-    decoder, bucket = _decoder(config, mesh, timing.length, beams, sentences)
+    decoder, bucket = _fitting_decoder(config, mesh, timing.length, beams, sentences)
     model = decoder.models[0]
     generator = np.random.default_rng(0)
     ids = generator.integers(UNK + 1, model.vocab_size, (sentences, timing.length))
     full = functools.partial(decoder.decode, bucket, [[*row, EOS] for row in ids.tolist()])
     empty = functools.partial(decoder.decode, bucket, [])
-    seconds = _timed(full, empty, timing)
+    with device_memory.explained(f"{sentences:,} sentences with beams of {beams}"):
+        seconds = _timed(full, empty, timing)
     lengths_B = np.asarray(full().lengths_BW)[:sentences, 0]
     if not np.all(lengths_B == timing.length):
         raise AssertionError(f"translations of {timing.length} tokens were asked for, and have {lengths_B}")
@@ -146,6 +149,33 @@ def _decoder(
     decoder = Decoder([model], mesh, decoding, _BANNED)
     decoder.set_parameters(jax.jit(lambda: init_parameters(model, config.training.seed))())
     return decoder, decoder.buckets[-1]
+
+
+def _fitting_decoder(
+    config: Config, mesh: jax.sharding.Mesh, length: int, beams: int, sentences: int
+) -> tuple[Decoder, Bucket]:
+    """`_decoder`, its search compiled. Raises OutOfDeviceMemory, naming how many sentences fit, where these don't."""
+
+    def compiled(sentences: int) -> tuple[Decoder, Bucket]:
+        what = f"a search over {sentences:,} sentences of {length + 1} tokens with beams of {beams}"
+        with device_memory.explained(what):
+            decoder, bucket = _decoder(config, mesh, length, beams, sentences)
+            programs.refuse_larger(decoder.search_program(bucket), what, mesh.devices.flat[0])
+        return decoder, bucket
+
+    def fits(sentences: int) -> bool:
+        try:
+            compiled(sentences)
+        except OutOfDeviceMemory:
+            return False
+        return True
+
+    try:
+        return compiled(sentences)
+    except OutOfDeviceMemory as error:
+        most = programs.largest_power_of_two(sentences, fits)
+        hint = "not even one fits" if most is None else f"{most:,} fit, the largest power of two that does"
+        raise OutOfDeviceMemory(f"{error}; {hint}", error.needed, error.room) from error
 
 
 def _timed(full: Callable[[], Any], empty: Callable[[], Any], timing: DecodeTiming) -> tuple[list[float], list[float]]:

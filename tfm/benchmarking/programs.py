@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tfm import device_memory
+from tfm.device_memory import OutOfDeviceMemory
+
 # As `compiled.as_text()` writes an instruction: `%name = shape kind(operands)`; asynchronous ones end in -start.
 _COLLECTIVE = re.compile(
     r" = .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
@@ -87,6 +90,27 @@ def memory(compiled: jax.stages.Compiled, devices: list[Any]) -> dict[str, Any]:
         "peak_device_memory_source": "device" if peaks else "program",
         "program_memory_bytes": program,
     }
+
+
+def refuse_larger(compiled: jax.stages.Compiled, what: str, device: Any) -> None:
+    """Raises OutOfDeviceMemory where a compiled program is larger than its devices, before it is tried."""
+    device_memory.refuse_larger(what, memory(compiled, [])["program_memory_bytes"], device)
+
+
+def fits(lowered: jax.stages.Lowered, device: Any) -> bool:
+    """Whether a program can be compiled, and has room on its devices."""
+    try:
+        with device_memory.explained("a program"):
+            refuse_larger(lowered.compile(), "a program", device)
+    except OutOfDeviceMemory:
+        return False
+    return True
+
+
+def largest_power_of_two(below: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest power of two below a number that fits; None where not even 1 does."""
+    powers = (2**power for power in reversed(range((below - 1).bit_length())))
+    return next(filter(fits, powers), None)
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:

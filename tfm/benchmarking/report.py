@@ -143,18 +143,6 @@ def _cell(value: float | None, unit: float, digits: int) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
-def check_writable(path: Path) -> None:
-    """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
-    is_new = not path.exists()
-    try:
-        with path.open("ab"):
-            pass
-        if is_new:  # what fails later should not leave an empty file
-            path.unlink()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-
 def write_json(values: Any, where: str) -> None:
     """Writes JSON to a file, or to standard output for `-`. Raises InputError naming a file that cannot be written."""
     text = json.dumps(values, indent=2, allow_nan=False, default=str) + "\n"

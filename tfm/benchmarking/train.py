@@ -14,15 +14,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tfm import sharding
+from tfm import device_memory, sharding
 from tfm.benchmarking import programs
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.profile import profiled
 from tfm.benchmarking.rates import per_second, utilisation
 from tfm.benchmarking.synthetic import SyntheticStore, SyntheticTable
-from tfm.config import Config
+from tfm.config import Config, ConfigError
 from tfm.data.batches import Batch, TrainBatches
 from tfm.data.store import prepare
+from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 from tfm.model.transformer import count_parameters
 from tfm.training.step import Trainer, TrainState, training_model
@@ -96,12 +97,21 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
 
     Raises:
       InputError: no corpus, or rows or parameters that don't divide over the mesh.
+      OutOfDeviceMemory: a batch that doesn't fit, and which one does.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     with workload(config, timing.lengths) as (vocab_size, batches), jax.set_mesh(mesh):
         trainer = trainer_of(config, vocab_size, mesh)
-        steps = _Steps(trainer, batches, timing)
-        seconds = steps.timed()
+        try:
+            with device_memory.explained(_batch_of(config)):
+                steps = _Steps(trainer, batches, timing)
+                seconds = steps.timed()
+        except OutOfDeviceMemory as error:
+            rows = rows_that_fit(config, vocab_size, mesh)
+            tokens = None if rows is None else rows * config.data.target_row_length
+            hint = "not even one row fits" if rows is None else f"{rows:,} rows fit, the largest power of two that does"
+            option = "" if rows is None else f": --training.target_tokens_per_batch={tokens}"
+            raise OutOfDeviceMemory(f"{error}; {hint}{option}", error.needed, error.room) from error
         contents = _contents([batches.host_batch(k) for k in steps.used])
         trace = None
         if timing.profile is not None:
@@ -152,6 +162,7 @@ class _Steps:
         self.compiled, self.compile_seconds = programs.compiled_in_stages(
             trainer.train_step, trainer.abstract_state, one
         )
+        programs.refuse_larger(self.compiled, _batch_of(trainer.config), trainer.mesh.devices.flat[0])
         self._state: TrainState = trainer.init()
         self._metrics: Any = None
         self._held = None if timing.pipeline else [one, *self._later_batches()]
@@ -198,6 +209,42 @@ class _Steps:
             yield k, self._held[k]
 
 
+def rows_that_fit(config: Config, vocab_size: int, mesh: Mesh) -> int | None:
+    """The largest power of two below the config's rows of which a training step fits; None where not one does."""
+
+    def fits(rows: int) -> bool:
+        try:
+            smaller = with_rows(config, rows)
+            trainer = trainer_of(smaller, vocab_size, mesh)
+        except ConfigError:  # too few for the mesh
+            return False
+        with jax.set_mesh(mesh):
+            lowered = trainer.train_step.lower(trainer.abstract_state, _abstract_batch(smaller))
+        return programs.fits(lowered, mesh.devices.flat[0])
+
+    return programs.largest_power_of_two(config.rows_per_batch, fits)
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    """The config with another number of rows a batch. Raises ConfigError where it describes no run."""
+    tokens = rows * config.data.target_row_length
+    training = dataclasses.replace(config.training, target_tokens_per_batch=tokens)
+    return dataclasses.replace(config, training=training).validate()
+
+
+def _batch_of(config: Config) -> str:
+    tokens = config.training.target_tokens_per_batch
+    return f"a step of {config.rows_per_batch:,} rows (training.target_tokens_per_batch={tokens})"
+
+
+def _abstract_batch(config: Config) -> Batch:
+    """Shapes of a global batch."""
+    rows, data = config.rows_per_batch, config.data
+    source = jax.ShapeDtypeStruct((rows, data.source_row_length), np.int32)
+    target = jax.ShapeDtypeStruct((rows, data.target_row_length), np.int32)
+    return Batch(*[source] * 3, *[target] * 4, jax.ShapeDtypeStruct((rows,), np.int32))
+
+
 def unrolled_flops(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     """FLOPs that XLA counts in one training step over all devices; None where it cannot.
 
@@ -213,12 +260,8 @@ def unrolled_flops(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     model = dataclasses.replace(config.model, attention="plain")
     trainer = trainer_of(dataclasses.replace(config, model=model, training=training), vocab_size, mesh)
     trainer.logits_per_chunk = _NO_CHUNKS
-    rows, data = config.rows_per_batch, config.data
-    source = jax.ShapeDtypeStruct((rows, data.source_row_length), np.int32)
-    target = jax.ShapeDtypeStruct((rows, data.target_row_length), np.int32)
-    batch = Batch(*[source] * 3, *[target] * 4, jax.ShapeDtypeStruct((rows,), np.int32))
     with jax.set_mesh(mesh):
-        return programs.lowered_flops(trainer.train_step.lower(trainer.abstract_state, batch))
+        return programs.lowered_flops(trainer.train_step.lower(trainer.abstract_state, _abstract_batch(config)))
 
 
 def _contents(batches: Sequence[Batch]) -> dict[str, float]:

@@ -67,9 +67,9 @@ def read(directory: AnyPath) -> Manifest:
     path = directory / NAME
     if isinstance(path, Path) and (path.is_symlink() or directory.is_symlink()):
         raise Damaged(f"{NAME if path.is_symlink() else 'the directory'} is a link")
-    if not path.exists():
-        raise Unfinished(f"no {NAME}")
     try:
+        if not path.exists():
+            raise Unfinished(f"no {NAME}")
         data = path.read_bytes()
         fields = json.loads(data)
         fields.pop("~sha256")
@@ -110,10 +110,7 @@ def list_files(directory: AnyPath, but: tuple[str, ...] = (NAME,)) -> dict[str, 
     if isinstance(directory, Path):
         _list_local(directory, "", but, files)
         return files
-    for path in directory.rglob("*"):
-        name = path.relative_to(directory)
-        if name.parts[0] not in but and not path.is_dir():
-            files[str(name)] = path.stat().length
+    _list_remote(directory, "", but, files)
     return files
 
 
@@ -156,7 +153,10 @@ def verify(directory: AnyPath, manifest: Manifest, index: int = 0, count: int = 
     for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             problems.append(f"{NAME} names {name}, which is outside the checkpoint")
-    found = list_files(directory)
+    try:
+        found = list_files(directory)
+    except OSError as error:  # taken away meanwhile, by a run that keeps training
+        raise Damaged(f"{error.filename or directory} cannot be read ({error.strerror or error})") from error
     problems += [f"{name} is missing" for name in sorted(manifest.files.keys() - found.keys())]
     problems += [f"{name} does not belong there" for name in sorted(found.keys() - manifest.files.keys())]
     for name, size in found.items():
@@ -182,8 +182,16 @@ def hash_share(directory: AnyPath, index: int, count: int) -> FileHashes:
 
 def hand_over(directory: AnyPath, index: int, share: FileHashes | None) -> None:
     """Hands a host's share, None when it could not be had, to the host that writes the manifest."""
-    (directory / _SHARES).mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / _SHARES / f"{index}.json", json.dumps(share).encode())
+    shares = directory / _SHARES
+    shares.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(share).encode()
+    if not isinstance(directory, Path):
+        write_atomically(shares / f"{index}.json", content)
+        return
+    # In one move, and nothing behind it: once all are there, the directory is taken away.
+    partial = shares / f".{index}.partial"
+    partial.write_bytes(content)
+    os.replace(partial, shares / f"{index}.json")
 
 
 def take_over(directory: AnyPath, count: int) -> list[FileHashes | None] | None:
@@ -214,6 +222,17 @@ def _list_local(directory: Path, prefix: str, but: tuple[str, ...], files: dict[
                 files[name] = entry.stat(follow_symlinks=False).st_size
             else:
                 raise Damaged(f"{name} is neither a file nor a directory")
+
+
+def _list_remote(directory: AnyPath, prefix: str, but: tuple[str, ...], files: dict[str, int]) -> None:
+    for path in directory.iterdir():
+        name = prefix + path.name
+        if name in but:
+            continue
+        if path.is_dir():
+            _list_remote(path, f"{name}/", but, files)
+        else:
+            files[name] = path.stat().length
 
 
 def _open(path: AnyPath) -> Any:

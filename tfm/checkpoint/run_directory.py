@@ -7,14 +7,17 @@ A run directory stands alone: copied to another machine, it is all that translat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +92,26 @@ class RunDirectory:
         except OSError as error:
             raise unwritable(run.path, error) from error
         return run
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here meanwhile; on a local or network disk, not in an object store.
+
+        Raises InputError where one does: two that write the same checkpoints and the same log would spoil both.
+        """
+        if not isinstance(self.path, Path):
+            yield
+            return
+        with open(self.path / ".lock", "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{self.path}: another process is training in it: wait for it to end, or use another --workdir"
+                ) from error
+            except OSError as error:
+                logger.warning("%s: cannot be locked (%s); start no second training in it", self.path, error.strerror)
+            yield
 
     def has_begun(self) -> bool:
         """Whether anything here depends on the config; a first start that was refused leaves nothing that does."""

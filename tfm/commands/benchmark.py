@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from tfm.commands.lines import check_writable
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
     arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
-    from tfm.benchmarking.report import check_writable, profile_table, table, write_json
+    from tfm.benchmarking.report import profile_table, table, write_json
     from tfm.benchmarking.sweep import Sweep
 
     sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)

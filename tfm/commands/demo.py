@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from tfm.commands.options import parse
+from tfm.commands.train import trained
 
 EXAMPLES_PER_CATEGORY = 2
 
@@ -16,7 +16,7 @@ EXAMPLES_PER_CATEGORY = 2
 class Arguments:
     """Train on the embedded corpus of numbers, dates, times and amounts, and translate its test sentences."""
 
-    workdir: Path
+    workdir: str
     """Directory of the run; a demo that was interrupted goes on there."""
     config: str = "demo"
     """Name of a shipped config, or the path of a .py file with get_config()."""
@@ -29,10 +29,9 @@ def main(argv: list[str]) -> int:
     from tfm.data import demo_corpus
     from tfm.decoding.scores import corpus_scores
     from tfm.decoding.translator import Translator
-    from tfm.training.loop import train
 
     sharding.use_compilation_cache()  # what validation has compiled translates the test set
-    status = train(config, arguments.workdir)
+    status = trained(config, arguments.workdir)
     if status:
         return status
     pairs = list(demo_corpus.data_source(config.data.test_split))

@@ -8,6 +8,7 @@ import logging
 import time
 from pathlib import Path
 
+from tfm.commands.lines import check_writable
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -18,7 +19,7 @@ _log = logging.getLogger(__name__)
 class Arguments:
     """Translate a test set and score the translations against its references."""
 
-    workdir: Path
+    workdir: str
     """Directory of the run."""
     source: Path | None = None
     """File to translate, one sentence a line (.gz too); the run's data.test_split if unset."""
@@ -36,11 +37,11 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("evaluate", argv, Arguments)
-    from tfm import hosts, sharding
+    from tfm import device_memory, hosts, sharding
 
     sharding.use_compilation_cache()
     sharding.decode_on_every_core()
-    with hosts.together(config):
+    with hosts.together(config), device_memory.explained(*device_memory.TRANSLATING):
         _evaluate(arguments, config)
     return 0
 
@@ -54,7 +55,7 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
     if hosts.is_first():
         for path in (arguments.output, None if arguments.json in (None, "-") else Path(arguments.json)):
             if path is not None:
-                _write(path, "")
+                check_writable(path)
     translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
     start = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]
@@ -100,7 +101,11 @@ def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:
     else:
         where = f"data.test_split={config.data.test_split}"
         corpora = corpora_with(open_corpora(config.data), config.data.test_split)
-        raw = [pair for corpus in corpora for pair in corpus.pairs(config.data.test_split)]
+        raw = [
+            (f"{corpus.spec.tag} ".encode() + source if corpus.spec.tag else source, target)
+            for corpus in corpora
+            for source, target in corpus.pairs(config.data.test_split)
+        ]
     if not raw:
         raise InputError(
             f"{where}: no sentence to score; name another with --source and --reference or data.test_split"

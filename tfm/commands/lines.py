@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tfm.decoding.translator import Translator
 
 _log = logging.getLogger(__name__)
+
+_SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
 
 
 def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
@@ -37,7 +40,10 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
 def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
     """The lines of a file, each as soon as it is there, without the newline that ends them."""
     begun: list[bytes] = []
-    while block := file.read(1 << 16):
+    while (block := file.read(1 << 16)) != b"":
+        if block is None:  # nothing yet, in a pipe whose other end was made not to wait
+            select.select([file], [], [], _SECONDS_OF_SILENCE)
+            continue
         *lines, rest = block.split(b"\n")
         for line in lines:
             yield b"".join((*begun, line))
@@ -129,6 +135,18 @@ class Output:
             self._file.close()
             if kind is not None and not self.lines:  # an empty file would be in the way of the next attempt
                 self._path.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
+    is_new = not path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if is_new:  # what fails later should not leave an empty file
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def json_line(value: Any) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tfm import config as tfm_config
+from tfm.checkpoint.run_directory import as_path
 from tfm.config import Config, ConfigError, InputError
 
 Arguments = TypeVar("Arguments")
@@ -155,12 +156,13 @@ def _base_config(command: str, arguments: type, given: dict[str, tuple[str, ...]
     name, workdir = value_of("config"), value_of("workdir")
     if name is not None:
         return load_config(name)
-    if workdir is not None and (Path(workdir) / "config.json").is_file():
-        path = Path(workdir) / "config.json"
+    if workdir is not None:
+        path = as_path(workdir) / "config.json"
         try:
-            return tfm_config.from_json(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+            if path.exists():
+                return tfm_config.from_json(path)
+        except (OSError, ImportError) as error:  # without the package that an address such as gs:// takes
+            raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if wants_help:
         return Config()
     if "config" in own:

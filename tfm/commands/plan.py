@@ -19,7 +19,7 @@ class Arguments:
 
     config: str | None = None
     """A shipped config (base), or the path of a .py file with get_config()."""
-    workdir: Path | None = None
+    workdir: str | None = None
     """Directory of a run, whose config is planned."""
     topology: tuple[str, ...] = ()
     """TPU slices to compile for, such as v5e:16x16; may be given more than once."""

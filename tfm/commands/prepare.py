@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from tfm.commands.options import parse
 
@@ -12,7 +11,7 @@ from tfm.commands.options import parse
 class Arguments:
     """Check a corpus, train its tokenizer and store its token ids, once."""
 
-    workdir: Path
+    workdir: str
     """Directory of the run; the token store is WORKDIR/store unless data.store says otherwise."""
     config: str | None = None
     """Name of a shipped config, or the path of a .py file with get_config(); the run's own if there is one."""
@@ -20,9 +19,12 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("prepare", argv, Arguments)
+    from tfm.checkpoint.run_directory import RunDirectory
     from tfm.data.store import prepare, store_directory
 
-    store = prepare(config, store_directory(config, arguments.workdir))
+    initial = config.training.initialize_from
+    tokenizer = None if initial is None else RunDirectory.open(initial).tokenizer_path
+    store = prepare(config, store_directory(config, arguments.workdir), tokenizer)
     print(store.report)
     print(f"token store: {store.directory}, {store.tokenizer.vocab_size} pieces, corpus hash {store.corpus_hash[:16]}")
     return 0

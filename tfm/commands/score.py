@@ -19,7 +19,7 @@ from tfm.config import InputError
 class Arguments:
     """Write the log-probability (natural logarithm) of each line of --target as a translation of that of --source."""
 
-    workdir: Path
+    workdir: str
     """Directory of the run."""
     source: Path
     """File of source sentences, one a line."""
@@ -38,12 +38,13 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("score", argv, Arguments)
-    from tfm import hosts, sharding
+    from tfm import device_memory, hosts, sharding
 
     sharding.use_compilation_cache()
     sharding.decode_on_every_core()
     with ExitStack() as stack:
         stack.enter_context(hosts.together(config))
+        stack.enter_context(device_memory.explained(*device_memory.TRANSLATING))
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
         if all(file.seekable() for file in files):
             counts = [sum(1 for _ in raw_lines(file)) for file in files]

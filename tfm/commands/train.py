@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from pathlib import Path
 
 from tfm.commands.options import parse
+from tfm.config import Config
+
+_LESS_MEMORY = (
+    "run the same command with training.gradient_accumulation=2 (or 4, ...), training.remat=dots (or full), or "
+    "mesh.fsdp=N on N devices; a lower training.target_tokens_per_batch takes another --workdir"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Train a Transformer, or resume its training."""
 
-    workdir: Path
+    workdir: str
     """Directory of the run: its config, tokenizer, checkpoints and numbers."""
     config: str | None = None
     """Name of a shipped config, or the path of a .py file with get_config(); the run's own if there is one."""
@@ -25,11 +30,20 @@ def main(argv: list[str]) -> int:
     if config.training.deterministic:  # has to stand there before the first use of a GPU
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     from tfm import hosts
-    from tfm.training.loop import TrainingDiverged, train
 
     with hosts.together(config):
-        try:
-            return train(config, arguments.workdir)
-        except TrainingDiverged as error:
-            logging.getLogger(__name__).error("%s", error)
-            return 1
+        return trained(config, arguments.workdir)
+
+
+def trained(config: Config, workdir: str) -> int:
+    """Trains a run to its end, or to a signal; the exit status."""
+    from tfm import device_memory
+    from tfm.training.loop import TrainingDiverged, train
+
+    what = f"{config.rows_per_batch} rows a batch (training.target_tokens_per_batch) and the state of training"
+    try:
+        with device_memory.explained(what, _LESS_MEMORY):
+            return train(config, workdir)
+    except TrainingDiverged as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1

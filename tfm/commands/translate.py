@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Translate each line of standard input, or of a file, to standard output, or to a file."""
 
-    workdir: Path
+    workdir: str
     """Directory of the run."""
     input: Path | None = None
     """File to translate, one sentence a line, in place of standard input."""
@@ -43,12 +43,13 @@ def main(argv: list[str]) -> int:
     arguments, config = parse("translate", argv, Arguments)
     if arguments.resume and arguments.output is None:
         raise InputError("--resume goes on behind the lines of --output: name that file")
-    from tfm import hosts, sharding
+    from tfm import device_memory, hosts, sharding
 
     sharding.use_compilation_cache()
     sharding.decode_on_every_core()
     with ExitStack() as stack:
         stack.enter_context(hosts.together(config))
+        stack.enter_context(device_memory.explained(*device_memory.TRANSLATING))
         if hosts.count() > 1 and arguments.input is None:
             raise InputError("several hosts translate one file, which all of them read: name it with --input")
         file = opened(arguments.input, stack)

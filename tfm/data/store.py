@@ -116,7 +116,7 @@ def open_store(directory: str | os.PathLike[str], cache_dir: str | os.PathLike[s
         if cache_dir is not None:
             local = _cached(root, content, manifest, Path(cache_dir))
         elif _is_remote(root):
-            raise InputError(f"{root}: is not on a local disk; set data.cache_dir to a directory that can hold a copy")
+            _cache_of(root, cache_dir)
         else:
             local = Path(root)
         for name, entry in manifest["files"].items():
@@ -133,6 +133,12 @@ def open_store(directory: str | os.PathLike[str], cache_dir: str | os.PathLike[s
 
 def _is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
+
+
+def _cache_of(root: epath.Path, cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is None:
+        raise InputError(f"{root}: is not on a local disk; set data.cache_dir to a directory that can hold a copy")
+    return Path(cache_dir)
 
 
 def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_dir: Path) -> Path:
@@ -187,7 +193,10 @@ def prepare(
     if (root / MANIFEST).exists():
         _refuse_other(root, fields)
     elif _is_remote(root):
-        with _written(root), tempfile.TemporaryDirectory(dir=config.data.cache_dir) as scratch:
+        cache_dir = _cache_of(root, config.data.cache_dir)
+        with _written(root):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        with _written(root), tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             build_store(config, corpora, Path(scratch), tokenizer, fields)
             for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == MANIFEST):
                 epath.Path(path).copy(root / path.name, overwrite=True)

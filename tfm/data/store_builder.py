@@ -116,7 +116,8 @@ def _tokenize(
             for source, target in zip(*drawn, strict=True):
                 writer.append(_flat(source), _lengths(source), _flat(target), _lengths(target))
         if not report.training:
-            texts += pairs
+            tag = f"{corpus.spec.tag} " if corpus.spec.tag else ""  # as the tokens have it
+            texts += [(tag + source, target) for source, target in pairs]
         line += len(pairs)
         if (line - 1) % _PROGRESS == 0:
             log.info("%s %s: %d pairs tokenized", corpus.name, report.split, line - 1)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from etils import epath
 
 from tfm.config import InputError
 from tfm.data.corpus import single_line
@@ -58,9 +59,10 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads a model file. Raises InputError naming it."""
         try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: tokenizer cannot be read ({error.strerror}); give a .model file") from error
+            model = epath.Path(path).read_bytes()
+        except (OSError, ImportError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: tokenizer cannot be read ({reason}); give a .model file") from error
         return cls(model, str(path))
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:

@@ -13,9 +13,12 @@ _SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」�
 
 
 def cut(line: str, tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
-    """Token ids of the pieces, each of at most `room` tokens; as few cuts as that allows. A tag is put before each."""
+    """Token ids of the pieces, each of at most `room` tokens; as few cuts as that allows. A tag is put before each.
+
+    Where there is room for one token alone, it is not the tag.
+    """
     line, tag = tokenizer.split_tag(single_line(line))
-    first = [] if tag is None else [tag]
+    first = [] if tag is None or room < 2 else [tag]
     room -= len(first)
     for unit in _units(_SENTENCE_ENDS.split(line), tokenizer, room):
         for at in range(0, len(unit), room):

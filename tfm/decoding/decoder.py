@@ -136,18 +136,20 @@ class Decoder:
           prefixes: tokens that each translation begins with, fewer than `bucket.room`; none when None.
           numbers: with sampling, what makes the draws of one sentence differ from those of another, below 2**32.
         """
-        rows = Rows(_filled((bucket.rows, bucket.length), sentences, PAD))
+        rows = self._rows(bucket, sentences)
         if prefixes is not None:
             rows = rows._replace(prefix_BT=_filled((bucket.rows, bucket.room), prefixes, -1))
-        if self.config.sampling:
-            number_B = np.zeros(bucket.rows, np.uint32)
-            number_B[: len(sentences)] = range(len(sentences)) if numbers is None else numbers
-            rows = rows._replace(number_B=number_B)
+        if rows.number_B is not None and numbers is not None:
+            rows.number_B[: len(sentences)] = numbers
         return self._run(functools.partial(self._search, bucket), "search", bucket, rows)
 
+    def _rows(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> Rows:
+        source_BS = _filled((bucket.rows, bucket.length), sentences, PAD)
+        return Rows(source_BS, number_B=np.arange(bucket.rows, dtype=np.uint32) if self.config.sampling else None)
+
     def search_program(self, bucket: Bucket) -> jax.stages.Compiled:
-        """The compiled program that `decode` runs in a bucket without prefixes. KeyError where it hasn't run yet."""
-        return self._compiled["search", bucket, True]
+        """The compiled program that `decode` runs in a bucket without prefixes."""
+        return self._program(functools.partial(self._search, bucket), "search", bucket, self._rows(bucket, []))
 
     def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
         """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""

@@ -13,14 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from tfm import hosts, sharding
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncate_metrics
-from tfm.config import Config, ConfigError, InputError
+from tfm.config import Config, InputError
 from tfm.data.batches import Batch, TrainBatches, validation_batches
 from tfm.data.store import TokenStore, open_store, prepare, store_directory
 from tfm.decoding.scores import corpus_scores
@@ -54,6 +53,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     run = hosts.first_does(lambda: RunDirectory.create(workdir, config))
     run = run or RunDirectory.create(workdir, config, primary=False)
     with ExitStack() as stack:
+        if hosts.is_first():
+            stack.enter_context(run.locked())
         return Run(config, run, stack).go()
 
 
@@ -175,6 +176,8 @@ class Run:
         plan = self.batches.plan
         metadata = {"plan": self.batches.plan_identity, "rows_of_windows": plan.counts(), "scores": scores}
         metric = None if scores is None else scores[self.config.training.best_metric]
+        if self.writer is not None:
+            self.writer.publish()  # before the checkpoint that a resumed run's log is cut to
         self.checkpointer.save(step, _to_dict(self.state), metadata, metric)
 
     def _last_good_checkpoint(self) -> str:
@@ -198,9 +201,7 @@ class Run:
         self.batches.plan.recall(restored.metadata.get("rows_of_windows", []))
         # A run that was told to end at a step to be evaluated had no time for it. The log remembers, and not the
         # checkpoint: that is never written again, and a run that is killed once more would log the step twice.
-        evaluated = any(
-            event["kind"] == "validation" and event["step"] == step for event in read_events(self.run.metrics_path)
-        )
+        evaluated = any(event["kind"] == "validation" and event["step"] == step for event in self._logged())
         self.evaluation_is_due = step % self.config.training.evaluate_every == 0 and not hosts.agreed(evaluated)
         _log.info("%s: resumes after step %d", self.run.path, step)
         return _from_dict(restored.state)
@@ -219,6 +220,12 @@ class Run:
         ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, restored.state)
         return state._replace(parameters=restored.state, ema=ema)
 
+    def _logged(self) -> list[dict[str, Any]]:
+        """The events of the log so far, on the first host: the others may not see it yet."""
+        if not hosts.is_first() or not self.run.metrics_path.exists():
+            return []
+        return list(read_events(self.run.metrics_path))
+
     def _should_stop_early(self) -> bool:
         """No better evaluation for `early_stopping` times? The log remembers, so that a resumed run agrees."""
         patience, name = self.config.training.early_stopping, self.config.training.best_metric
@@ -227,7 +234,7 @@ class Run:
         sign = -1.0 if name == "loss" else 1.0
         values = [
             sign * event[name]
-            for event in read_events(self.run.metrics_path)
+            for event in self._logged()
             if event.get("kind") == "validation" and event.get(name) is not None
         ]
         since_best = hosts.agreed(len(values) - 1 - values.index(max(values)) if values else 0)
@@ -293,11 +300,6 @@ def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None
     path = config.training.initialize_from
     if path is None:
         return None
-    if config.data.tokenizer is not None:
-        raise ConfigError(
-            f"training.initialize_from={path} brings its own tokenizer, and data.tokenizer={config.data.tokenizer} "
-            "names another: leave one of them out"
-        )
     return None if CheckpointReader(run).steps() else RunDirectory.open(path)
 
 
@@ -305,7 +307,7 @@ def _prepared(config: Config, run: RunDirectory, initial: RunDirectory | None) -
     """The token store, built if it is not there, and the run's own copy of its tokenizer."""
     tokenizer = None
     if config.training.initialize_from is not None:
-        tokenizer = Path(run.tokenizer_path if initial is None else initial.tokenizer_path)
+        tokenizer = run.tokenizer_path if initial is None else initial.tokenizer_path
     directory = store_directory(config, run.path)
 
     def prepared() -> TokenStore:

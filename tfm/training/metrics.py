@@ -13,13 +13,17 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfm.config import InputError
+
+if TYPE_CHECKING:
+    from tfm.checkpoint.run_directory import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,8 @@ class MetricsWriter:
     """Writes the events of one run into its directory; a context manager.
 
     What is in `metrics.jsonl` already is kept. The picture is drawn anew after each validation event and at the end.
+    An object store such as gs:// cannot be appended to: there, files are written to a local directory, and copied whole
+    at `publish`.
 
     Args:
       workdir: the run directory, which exists.
@@ -46,9 +52,12 @@ class MetricsWriter:
     Raises InputError naming the path where something cannot be written.
     """
 
-    def __init__(self, workdir: Path, *, total_steps: int, first_step: int = 0, progress: bool = True) -> None:
-        self.path = workdir / FILE_NAME
-        self.picture = workdir / PICTURE_NAME
+    def __init__(self, workdir: AnyPath, *, total_steps: int, first_step: int = 0, progress: bool = True) -> None:
+        self._workdir = workdir
+        self._scratch = None if isinstance(workdir, Path) else tempfile.TemporaryDirectory(prefix="tfm-metrics-")
+        self._folder = workdir if self._scratch is None else Path(self._scratch.name)
+        self.path = self._folder / FILE_NAME
+        self.picture = self._folder / PICTURE_NAME
         self._total_steps = total_steps
         self._first_step = first_step
         self._progress = progress
@@ -57,6 +66,11 @@ class MetricsWriter:
         self._last_log_line = -math.inf
 
     def __enter__(self) -> MetricsWriter:
+        if self._scratch is not None:
+            self._resources.enter_context(self._scratch)
+            with _naming(self._workdir / FILE_NAME, "read"):
+                if (self._workdir / FILE_NAME).exists():
+                    self.path.write_bytes((self._workdir / FILE_NAME).read_bytes())
         with _naming(self.path):
             _cut_torn_line(self.path)
             # Unbuffered: an event is one write, so that a killed run has either the whole line or none of it.
@@ -79,6 +93,7 @@ class MetricsWriter:
         if kind is None:
             with self._resources, _naming(self.picture):
                 self._draw()
+                self.publish()
         else:
             # The error under way says what went wrong; a second one on closing, of the same full disk, would hide it.
             with contextlib.suppress(OSError):
@@ -93,8 +108,20 @@ class MetricsWriter:
             self._board.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
         if kind == "validation":
             self._draw()
+            self.publish()
         if self._progress:
             self._show(step, kind, numbers)
+
+    def publish(self) -> None:
+        """Copies what was written into the run directory, where that is an object store; else it is there already."""
+        if self._scratch is None:
+            return
+        with _naming(self._workdir):
+            self._board.flush()
+            for file in sorted(path for path in self._folder.rglob("*") if path.is_file()):
+                there = self._workdir / str(file.relative_to(self._folder))
+                there.parent.mkdir(parents=True, exist_ok=True)
+                there.write_bytes(file.read_bytes())
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -152,14 +179,17 @@ class _TensorBoard:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
         self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
-            self._file.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: AnyPath) -> Iterator[dict[str, Any]]:
     """The events of a `metrics.jsonl`, in order; null stands for a number that was not finite.
 
     Raises InputError naming the file and the line that holds no event.
@@ -270,7 +300,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, verb: str = "written") -> Iterator[None]:
+def _naming(path: AnyPath, verb: str = "written") -> Iterator[None]:
     """Turns an OSError into an InputError that names the path."""
     try:
         yield
