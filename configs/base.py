@@ -1,8 +1,8 @@
 """The base model of *Attention Is All You Need* (Vaswani et al., 2017): Table 3, first row, on any corpus.
 
 6 + 6 layers of width 512, post-norm, ReLU, sinusoids, one table for both embeddings and the output projection: about
-65 million parameters. Adam with the paper's schedule (section 5.3), 25,000 target tokens an update, 100,000 updates.
-Every field is written out, so that this file can be read beside the paper. Name your corpus with --data.corpus; for
+63 million parameters. Adam with the paper's schedule (section 5.3), 24,576 target tokens an update (the paper: about
+25,000), 100,000 updates. Every field that the paper names is written out, so that this file can be read beside the paper. Name your corpus with --data.corpus; for
 the paper's own data see wmt14_en_de.
 """
 
