@@ -1,9 +1,9 @@
 """The base model of *Attention Is All You Need* (Vaswani et al., 2017): Table 3, first row, on any corpus.
 
 6 + 6 layers of width 512, post-norm, ReLU, sinusoids, one table for both embeddings and the output projection: about
-63 million parameters. Adam with the paper's schedule (section 5.3), 24,576 target tokens an update (the paper: about
-25,000), 100,000 updates. Every field that the paper names is written out, so that this file can be read beside the paper. Name your corpus with --data.corpus; for
-the paper's own data see wmt14_en_de.
+63 million parameters (65 in the paper). Adam with the paper's schedule (section 5.3), 24,576 target tokens an update
+(about 25,000 in the paper), 100,000 updates. Every field that the paper names is written out, so that this file can be
+read beside it. Name your corpus with --data.corpus; for the paper's own data see wmt14_en_de.
 """
 
 from tfm.config import Config, DataConfig, DecodingConfig, ModelConfig, OptimizerConfig, TrainingConfig
