@@ -244,8 +244,9 @@ def test_hosts_but_the_first_do_not_look_at_the_log(finished, tmp_path, monkeypa
         assert run._logged() == []
 
 
-def test_a_run_directory_on_an_object_store(finished, tiny_config, tmp_path, monkeypatch):
+def test_a_run_directory_on_an_object_store(finished, tmp_path, quiet_evaluation, monkeypatch):
     """A local directory behind the interface that gs:// has: no pathlib.Path, and nothing that can be appended to."""
+    quiet_evaluation += [1.0]
     bucket = tmp_path / "bucket"
     bucket.mkdir()
 
