@@ -28,14 +28,14 @@ class OutOfDeviceMemory(InputError):
 def room_of(device: Any) -> int | None:
     """Bytes that a device has for programs; None where nobody says.
 
-    Of a CPU, what the system could give now, in equal shares where one CPU stands for several devices.
+    Of a CPU, what the system has, in equal shares where one CPU stands for several devices.
     """
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is not None or device.platform != "cpu":
         return limit
     try:
         lines = Path("/proc/meminfo").read_text().split("\n")
-        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemTotal:"))
     except (OSError, StopIteration):
         return None
     return int(kibibytes) * 1024 // jax.local_device_count()

@@ -1,13 +1,18 @@
 """The run directory: whose it is, what may be changed in it, and the log cut for a resumed run."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 
+import fsspec.config
 import pytest
 
 from tfm.checkpoint import RunDirectory, differing_fields, truncate_metrics
+from tfm.checkpoint.run_directory import as_path
 from tfm.config import Config, ConfigError, InputError, fields_of, from_dict
 
 
@@ -174,10 +179,32 @@ def test_nothing_here_needs_jax():
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
-    run = RunDirectory.create(tmp_path / "run", Config())
-    taken = pytest.raises(InputError, match=r"run: another process is training in it: wait")
-    with run.locked(), taken, run.locked():
-        pass
-    with run.locked():  # free again
-        pass
-    assert RunDirectory.create(tmp_path / "run", Config()).path == run.path
+    """The second one changes nothing, not even fields that may change."""
+    other = override(Config(), decoding__beam_size=8)
+    with ExitStack() as first, ExitStack() as second:
+        run = RunDirectory.create(tmp_path / "run", Config(), lock=first)
+        with pytest.raises(InputError, match=r"run: another process is training in it: wait"):
+            RunDirectory.create(tmp_path / "run", other, lock=second)
+        assert run.config == Config()
+    with ExitStack() as third:  # free again
+        assert RunDirectory.create(tmp_path / "run", other, lock=third).config == other
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "notes").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "notes")
+    with ExitStack() as stack, pytest.raises(InputError, match=r"\.lock: is a link to"):
+        RunDirectory.create(tmp_path / "run", Config(), lock=stack)
+    assert (tmp_path / "notes").read_text() == "kept"
+
+
+def test_an_object_store_is_asked_anew_each_time():
+    """Others write there, too; and where its client isn't installed, that is said in one line."""
+    path = as_path("gs://bucket/run")
+    assert str(path) == "gs://bucket/run" and not isinstance(path, Path)
+    assert not fsspec.config.conf["gs"]["use_listings_cache"] and not fsspec.config.conf["gcs"]["use_listings_cache"]
+    if importlib.util.find_spec("gcsfs") is None:
+        for act in (RunDirectory.open, lambda path: RunDirectory.create(path, Config())):
+            with pytest.raises(InputError, match=r"^gs://bucket/run: cannot be reached .*pip install"):
+                act("gs://bucket/run")

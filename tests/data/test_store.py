@@ -396,3 +396,14 @@ def test_damaged_store_is_not_cached(tmp_path, corpus):
 def test_place_of_the_store(tmp_path):
     assert store_directory(Config(), "runs/a") == "runs/a/store"
     assert store_directory(Config(data=DataConfig(store="gs://bucket/store")), "runs/a") == "gs://bucket/store"
+
+
+def test_a_store_from_before_validation_text_had_tags_is_refused(tmp_path, corpus):
+    tagged = config(corpus, options=";tag=<2de>")
+    prepare(tagged, tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["fields"]["text"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"text=None there and 'tagged' here"):
+        prepare(tagged, tmp_path / "store")

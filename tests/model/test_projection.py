@@ -56,6 +56,21 @@ def test_a_kernel_gradient_lies_on_its_side_on_a_cpu(shape):
     assert "conditional" not in text
 
 
+def test_a_remat_policy_that_saves_products_saves_these():
+    """Counted in the gradient of two in a row: two forward and three backward, and two more if computed again."""
+
+    def products(policy) -> int:
+        def loss(kernels, x):
+            return jnp.sum(jnp.sin(matmul(jnp.sin(matmul(x, kernels[0])), kernels[1])))
+
+        remat = loss if policy is None else jax.checkpoint(loss, policy=policy)
+        kernels = [random(*WIDE), random(*TALL)]
+        return str(jax.make_jaxpr(jax.grad(remat))(kernels, random(6, WIDE[0]))).count("dot_general[")
+
+    saved, again = jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.nothing_saveable
+    assert products(saved) == products(None) < products(again)
+
+
 @pytest.mark.parametrize(("in_shape", "out_shape"), [((64,), (8, 16)), ((8, 16), (64,))])
 def test_projections_start_glorot_uniform(in_shape, out_shape):
     module = Projection(in_shape, out_shape, ("embed", "heads", "kv"), jnp.dtype("float32"), use_bias=True)

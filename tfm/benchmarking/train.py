@@ -20,7 +20,7 @@ from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.profile import profiled
 from tfm.benchmarking.rates import per_second, utilisation
 from tfm.benchmarking.synthetic import SyntheticStore, SyntheticTable
-from tfm.config import Config, ConfigError
+from tfm.config import Config
 from tfm.data.batches import Batch, TrainBatches
 from tfm.data.store import prepare
 from tfm.device_memory import OutOfDeviceMemory
@@ -107,11 +107,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
                 steps = _Steps(trainer, batches, timing)
                 seconds = steps.timed()
         except OutOfDeviceMemory as error:
-            rows = rows_that_fit(config, vocab_size, mesh)
-            tokens = None if rows is None else rows * config.data.target_row_length
-            hint = "not even one row fits" if rows is None else f"{rows:,} rows fit, the largest power of two that does"
-            option = "" if rows is None else f": --training.target_tokens_per_batch={tokens}"
-            raise OutOfDeviceMemory(f"{error}; {hint}{option}", error.needed, error.room) from error
+            raise OutOfDeviceMemory(f"{error}; {_hint(config, vocab_size, mesh)}", error.needed, error.room) from error
         contents = _contents([batches.host_batch(k) for k in steps.used])
         trace = None
         if timing.profile is not None:
@@ -209,20 +205,24 @@ class _Steps:
             yield k, self._held[k]
 
 
-def rows_that_fit(config: Config, vocab_size: int, mesh: Mesh) -> int | None:
-    """The largest power of two below the config's rows of which a training step fits; None where not one does."""
+def _hint(config: Config, vocab_size: int, mesh: Mesh) -> str:
+    """How many rows do fit: the largest power of two, or of multiples of what the rows have to divide by."""
+    least = sharding.batch_shards(mesh) * config.training.gradient_accumulation
 
-    def fits(rows: int) -> bool:
-        try:
-            smaller = with_rows(config, rows)
-            trainer = trainer_of(smaller, vocab_size, mesh)
-        except ConfigError:  # too few for the mesh
-            return False
+    def fits(times: int) -> bool:
+        smaller = with_rows(config, times * least)
+        trainer = trainer_of(smaller, vocab_size, mesh)
         with jax.set_mesh(mesh):
             lowered = trainer.train_step.lower(trainer.abstract_state, _abstract_batch(smaller))
         return programs.fits(lowered, mesh.devices.flat[0])
 
-    return programs.largest_power_of_two(config.rows_per_batch, fits)
+    times = programs.largest_power_of_two(-(-config.rows_per_batch // least), fits)
+    if times is None:
+        return f"not even {least} fit"
+    rows = times * least
+    what = "power of two" if least & (least - 1) == 0 else f"power of two times {least}"
+    tokens = rows * config.data.target_row_length
+    return f"{rows:,} rows fit, the largest {what} that does: --training.target_tokens_per_batch={tokens}"
 
 
 def with_rows(config: Config, rows: int) -> Config:

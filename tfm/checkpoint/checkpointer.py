@@ -75,7 +75,9 @@ class Checkpointer(CheckpointReader):
                     if storage.TEMPORARY in entry.name or entry.name.startswith(_REMOVING):
                         remove_tree(entry)
                 unfinished = set(manifests.list_steps(self.run.checkpoints_path)) - self._known().keys()
-                for step in unfinished | damaged.keys():
+                for step in unfinished - damaged.keys():
+                    self._put_away_unfinished(step)
+                for step in damaged:
                     self._move_aside(step)
         except OSError as error:
             raise unwritable(self.run.path, error) from error
@@ -106,7 +108,7 @@ class Checkpointer(CheckpointReader):
             if self._index == 0:
                 self.run.checkpoints_path.mkdir(parents=True, exist_ok=True)
                 if self._directory(step).exists():
-                    self._move_aside(step)
+                    self._put_away_unfinished(step)
             response = storage.begin_save(self._directory(step), state)
         except Exception as error:
             raise self._explained(step, error) from error
@@ -197,10 +199,20 @@ class Checkpointer(CheckpointReader):
     def _read_finished(self) -> dict[int, Manifest]:
         return {step: found for step, found in self._known().items() if isinstance(found, Manifest)}
 
+    def _put_away_unfinished(self, step: int) -> None:
+        """On a disk, Orbax renames what is whole, and only the manifest may be lost; an object store has parts."""
+        if isinstance(self.run.checkpoints_path, Path):
+            self._move_aside(step)
+        else:
+            remove_tree(self._directory(step))
+
     def _move_aside(self, step: int) -> None:
         """So that this step can be saved again, and nothing is lost."""
         aside = self.run.checkpoints_path / _DAMAGED
         aside.mkdir(exist_ok=True)
+        if not isinstance(aside, Path):
+            # A folder of an object store is there once something is in it.
+            (aside / "about.txt").write_text("Checkpoints that were found damaged; they may be deleted.\n")
         taken = {entry.name for entry in aside.iterdir()}
         name, number = str(step), 1
         while name in taken:

@@ -174,7 +174,16 @@ class CheckpointReader:
                 f"{self._directory(manifest.step)}: {name} is {stored.get(name, 'not stored')} there and "
                 f"{expected.get(name, 'nothing')} in this run: use the config that it was trained with"
             )
-        return storage.load(self._directory(manifest.step), abstract_state)
+        directory = self._directory(manifest.step)
+        try:
+            return storage.load(directory, abstract_state)
+        except Exception as error:
+            if (directory / manifests.NAME).exists():
+                raise
+            raise InputError(
+                f"{directory}: was removed while it was read, by a training that keeps newer ones: run the same "
+                "command again, or raise training.keep_last there"
+            ) from error
 
     def _refuse_unknown(self, step: int, known: Known) -> None:
         if step not in known:

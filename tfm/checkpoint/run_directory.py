@@ -62,16 +62,26 @@ class RunDirectory:
         run = cls(path)
         for part in (run.config_path, run.tokenizer_path, run.checkpoints_path):
             refuse_link(part)
-        if not run.config_path.exists():
-            raise InputError(f"{run.path}: holds no run (no config.json): give the --workdir of a training run")
+        try:
+            if not run.config_path.exists():
+                raise InputError(f"{run.path}: holds no run (no config.json): give the --workdir of a training run")
+        except ImportError as error:
+            raise without_client(run.path, error) from error
         return run
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], config: Config, primary: bool = True) -> RunDirectory:
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        config: Config,
+        primary: bool = True,
+        lock: contextlib.ExitStack | None = None,
+    ) -> RunDirectory:
         """The directory to train `config` in: a new one, or the one that this run began in.
 
-        Only the primary process writes. Raises InputError when the directory cannot be written, holds a run of
-        another config (naming each field that differs), or holds files that are no run's.
+        Only the primary process writes; it keeps other processes from training here until `lock` is closed. Raises
+        InputError when the directory cannot be written, is being trained in, holds a run of another config (naming
+        each field that differs), or holds files that are no run's.
         """
         run = cls(path)
         # The hosts of this start are none of the run's: whoever opens it elsewhere must not call them.
@@ -79,32 +89,44 @@ class RunDirectory:
         try:
             for part in (run.config_path, run.tokenizer_path, run.checkpoints_path, run.metrics_path):
                 refuse_link(part)
-            if run.config_path.exists():
-                there = from_json(run.config_path)
-                if run.has_begun():
-                    _refuse_other_run(run.config_path, there, config)
-            else:
-                _refuse_foreign_files(run.path)
+            run._refuse_others(config)
             if primary:
                 run.path.mkdir(parents=True, exist_ok=True)
+                if lock is not None:
+                    lock.enter_context(run.locked())
+                    run._refuse_others(config)  # which may have begun before this one had the lock
                 # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
                 write_atomically(run.config_path, config.to_json().encode())
+        except ImportError as error:
+            raise without_client(run.path, error) from error
         except OSError as error:
             raise unwritable(run.path, error) from error
         return run
+
+    def _refuse_others(self, config: Config) -> None:
+        if self.config_path.exists():
+            there = from_json(self.config_path)
+            if self.has_begun():
+                _refuse_other_run(self.config_path, there, config)
+        else:
+            _refuse_foreign_files(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from training here meanwhile; on a local or network disk, not in an object store.
 
-        Raises InputError where one does: two that write the same checkpoints and the same log would spoil both.
+        Raises InputError where one does: two that write the same checkpoints and the same log would spoil both; and
+        OSError.
         """
         if not isinstance(self.path, Path):
             yield
             return
-        with open(self.path / ".lock", "wb") as file:
+        path = self.path / ".lock"
+        refuse_link(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
                     f"{self.path}: another process is training in it: wait for it to end, or use another --workdir"
@@ -112,6 +134,8 @@ class RunDirectory:
             except OSError as error:
                 logger.warning("%s: cannot be locked (%s); start no second training in it", self.path, error.strerror)
             yield
+        finally:
+            os.close(descriptor)
 
     def has_begun(self) -> bool:
         """Whether anything here depends on the config; a first start that was refused leaves nothing that does."""
@@ -191,9 +215,13 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
 
 def as_path(path: str | os.PathLike[str]) -> Any:
     """An absolute pathlib.Path, or an epath.Path (which has its methods) of an address such as gs://bucket/run."""
-    if "://" in os.fspath(path):
+    if "://" in (address := os.fspath(path)):
+        import fsspec.config
         from etils import epath
 
+        # Listings are kept for ever there, and a host would never see what another one writes.
+        for protocol in (address.partition("://")[0], "gcs"):  # gs:// is opened under either name
+            fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
         return epath.Path(path)
     return Path(path).expanduser().absolute()
 
@@ -239,6 +267,12 @@ def refuse_link(path: AnyPath) -> None:
         raise InputError(
             f"{path}: is a link to {os.readlink(path)}: a run directory holds no links; put the file itself there"
         )
+
+
+def without_client(path: AnyPath, error: ImportError) -> InputError:
+    """The one line for an address whose object store takes a package that isn't installed."""
+    reason = " ".join(str(error).split())
+    return InputError(f"{path}: cannot be reached ({reason}): for gs://, .venv/bin/pip install -e '.[gcs]'")
 
 
 def unwritable(path: AnyPath, error: OSError) -> InputError:

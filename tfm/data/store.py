@@ -26,7 +26,7 @@ from etils import epath
 
 from tfm.config import Config, InputError
 from tfm.data.checks import CorpusReport
-from tfm.data.corpus import Corpus, file_identity, file_stamp, open_corpora
+from tfm.data.corpus import Corpus, file_identity, file_stamp, open_corpora, parse_spec
 from tfm.data.shards import FORMAT, MANIFEST, TOKENIZER, PairTable, Shard, StoreWriter, map_shard
 from tfm.data.store_builder import build_store
 from tfm.data.tokenizer import Tokenizer
@@ -257,6 +257,8 @@ def _fields(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
         fields |= {f"data.{name}": getattr(config.data, name) for name in _TOKENIZER_FIELDS}
     else:
         fields["data.tokenizer"] = tokenizer.sha256
+    if any(parse_spec(text).tag for text in config.data.corpus):
+        fields["text"] = "tagged"  # as it was not, at first
     return json.loads(json.dumps(fields))
 
 

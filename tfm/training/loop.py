@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from tfm import hosts, sharding
+from tfm import device_memory, hosts, sharding
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncate_metrics
 from tfm.config import Config, InputError
 from tfm.data.batches import Batch, TrainBatches, validation_batches
@@ -49,12 +49,10 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
       TrainingDiverged: as it says.
     """
     config = config.validate()
-    # The first host makes the directory; the others, which see the same disk, find it made.
-    run = hosts.first_does(lambda: RunDirectory.create(workdir, config))
-    run = run or RunDirectory.create(workdir, config, primary=False)
     with ExitStack() as stack:
-        if hosts.is_first():
-            stack.enter_context(run.locked())
+        # The first host makes the directory; the others, which see the same disk, find it made.
+        run = hosts.first_does(lambda: RunDirectory.create(workdir, config, lock=stack))
+        run = run or RunDirectory.create(workdir, config, primary=False)
         return Run(config, run, stack).go()
 
 
@@ -166,7 +164,8 @@ class Run:
         scores = {"loss": loss / tokens, "nll": nll / tokens, "perplexity": _perplexity(nll / tokens)}
         self.translator.set_parameters(parameters)
         sources, references = zip(*self.validation_text, strict=True)
-        hypotheses = [translation.text for translation in self.translator.translate(sources)]
+        with device_memory.explained(*device_memory.TRANSLATING):
+            hypotheses = [translation.text for translation in self.translator.translate(sources)]
         scores |= {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
         if self.writer is not None:
             self.writer.write({"step": step, "kind": "validation", **scores})

@@ -96,8 +96,8 @@ class MetricsWriter:
                 self.publish()
         else:
             # The error under way says what went wrong; a second one on closing, of the same full disk, would hide it.
-            with contextlib.suppress(OSError):
-                self._resources.close()
+            with contextlib.suppress(OSError, InputError), self._resources:
+                self.publish()
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Records one event: {"step": 10, "kind": "train", "loss": 5.1, …}; a number not finite is stored as null."""
