@@ -29,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tfm.allocator import keep_freed_memory
+
 VOCAB, BOS, EOS = 10_000, 2, 1
 Batch = Callable[[int], None]  # translates all sentences, in batches of so many
 
@@ -198,6 +200,7 @@ def processor() -> str:
 
 
 def main() -> None:
+    keep_freed_memory()  # before any toolkit starts threads
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=1000)
     parser.add_argument("--length", type=int, default=17, help="tokens of each sentence and each translation")

@@ -42,6 +42,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tfm.allocator import keep_freed_memory
+
 if TYPE_CHECKING:  # nothing may import JAX before its threads are limited
     from tfm.data.batches import Batch
     from tfm.training.step import Trainer
@@ -244,6 +246,7 @@ def model_flops_utilisation(rows: int, length: int, sizes: Sizes, seconds: dict[
 
 
 def main() -> None:
+    keep_freed_memory()  # before any toolkit starts threads
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", nargs="+", default=["128x32", "32x128", "512x32"], help="ROWSxLENGTH, of source and target"
