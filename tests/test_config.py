@@ -42,7 +42,7 @@ AT_LEAST_ONE = names("""
     hosts.count hosts.start_timeout hosts.heartbeat_timeout mesh.slices
 """)
 NOT_NEGATIVE = names("""
-    optimizer.learning_rate optimizer.epsilon optimizer.weight_decay optimizer.clip_norm data.segmentation_alpha
+    optimizer.learning_rate optimizer.weight_decay optimizer.clip_norm data.segmentation_alpha
     training.keep_best training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens
     decoding.min_length decoding.sampling_top_k decoding.sampling_seed
     hosts.index hosts.compile_timeout hosts.step_timeout hosts.evaluation_timeout hosts.save_timeout
@@ -69,6 +69,11 @@ def test_sizes_and_counts_are_at_least_one(name, value):
 
 def test_a_source_has_room_for_a_token_and_its_end():
     assert refusal(decoding__max_source_length=1) == "decoding.max_source_length=1: must be at least 2"
+
+
+def test_an_epsilon_is_more_than_nothing_in_float32():
+    """With 0, Adam divides nothing by nothing where a parameter has no gradient."""
+    assert refusal(optimizer__epsilon=0) == "optimizer.epsilon=0: must be at least 1e-30"
 
 
 @pytest.mark.parametrize("name", NOT_NEGATIVE)
