@@ -102,7 +102,7 @@ def test_a_choice_is_one_of_those_that_are_named(name):
 
 def test_every_field_has_a_rule_or_needs_none():
     """A new field is either added to a list here, and so to the rules, or to those that any value of the type suits."""
-    ruled = {"decoding.max_source_length", *AT_LEAST_ONE, *NOT_NEGATIVE, *SHARES, *CHOICES}
+    ruled = {"decoding.max_source_length", "optimizer.epsilon", *AT_LEAST_ONE, *NOT_NEGATIVE, *SHARES, *CHOICES}
     pairs = {*names("data.corpus data.source_language data.target_language data.train_split data.validation_split")}
     sampling = {*names("decoding.sampling decoding.sampling_temperature decoding.sampling_top_p")}
     free = {
