@@ -6,7 +6,9 @@ Both kinds of step run in turn, in blocks, in one process, so that a machine who
 the median step of each, their ratio, and the CPU seconds that one batch costs to build.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -48,17 +50,21 @@ def main() -> None:
         state = trainer.init()
         one = batches.global_batch(0, rows)
         state, metrics = trainer.train_step(state, one)
-        stream = batches.read_ahead(0, arguments.blocks * arguments.steps + 1, rows)
-        next(stream)  # the first one waits for the plan, once in a run
-        for _ in range(arguments.blocks):
+        # Readers work beside the real blocks alone. Their first steps, of batches that were built before, aren't timed,
+        # and they have as many left to build at the end.
+        ahead = config.data.read_ahead
+        for block in range(arguments.blocks):
             for kind, times in seconds.items():
-                for _ in range(arguments.steps):
-                    start = time.perf_counter()
-                    batch = one if kind == "repeated" else next(stream)[1]
-                    state, metrics = trainer.train_step(state, batch)
-                    jax.block_until_ready(metrics)
-                    times.append(time.perf_counter() - start)
-        stream.close()
+                first = block * arguments.steps
+                read = batches.read_ahead(first, first + arguments.steps + 2 * ahead, rows)
+                stream = itertools.repeat((0, one)) if kind == "repeated" else read
+                with contextlib.closing(read):  # which begins when it is first asked
+                    for number in range(ahead + arguments.steps):
+                        start = time.perf_counter()
+                        state, metrics = trainer.train_step(state, next(stream)[1])
+                        jax.block_until_ready(metrics)
+                        if number >= ahead:
+                            times.append(time.perf_counter() - start)
     start, count = time.process_time(), 50
     for k in range(count):
         batches.host_batch(k)

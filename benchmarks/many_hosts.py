@@ -133,7 +133,7 @@ class Run:
     def batches(self) -> dict[int, str]:
         """SHA-256 of each global batch whose rows were all read: of the rows' digests, in the order of the rows."""
         rows: dict[int, dict[int, str]] = {}
-        for path in sorted(self.bench.place.glob(f"{self.name}-*.hashes")):
+        for path in sorted(self.bench.place.glob(f"{self.name}-[0-9]*.hashes")):
             for line in path.read_bytes().split(b"\n")[:-1]:
                 read = json.loads(line)
                 batch = rows.setdefault(read["batch"], {})

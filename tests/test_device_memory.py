@@ -1,5 +1,7 @@
 """Memory that is too small is said in one line, with what was asked for and what there is."""
 
+import sys
+
 import jax
 import pytest
 
@@ -18,7 +20,7 @@ class Device:
 def test_the_room_is_what_the_allocator_has_and_on_a_cpu_a_share_of_what_is_free():
     assert device_memory.room_of(Device()) == 3 * 2**30
     room = device_memory.room_of(jax.devices("cpu")[0])
-    assert room is None or 2**20 < room < 2**50
+    assert (room is None and not sys.platform.startswith("linux")) or 2**20 < room < 2**50
 
 
 def test_a_program_that_is_too_large_is_refused_and_one_that_fits_is_not():

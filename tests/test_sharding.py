@@ -1,6 +1,7 @@
 """Where arrays lie, what is refused, and that no mesh changes a loss or a gradient."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,40 @@ def test_a_mesh_that_does_not_fit_is_refused(config, message):
     with pytest.raises(ConfigError) as refusal:
         sharding.make_mesh(config)
     assert str(refusal.value) == message
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One of a slice of TPUs, as far as the placement of a mesh looks at it."""
+
+    id: int
+    coords: tuple[int, ...]
+    device_kind: str
+    slice_index: int = 0
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(kind: str, grid: tuple[int, ...], index: int = 0) -> list[Chip]:
+    places = itertools.product(*map(range, grid))
+    return [Chip(1000 * index + i, (*place, 0, 0)[:3], kind, index) for i, place in enumerate(places)]
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "TPU v5"])
+def test_a_mesh_axis_may_take_a_part_of_an_axis_of_the_grid(kind):
+    grid = (4, 4, 4) if kind == "TPU v5" else (16, 16)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), chips(kind, grid))
+    assert mesh.devices.shape == (int(np.prod(grid)) // 2, 2, 1)
+    for a, b in mesh.devices[:, :, 0]:
+        assert sum(abs(x - y) for x, y in zip(a.coords, b.coords, strict=True)) == 1  # neighbours
+
+
+def test_fsdp_never_crosses_slices():
+    devices = [chip for index in range(2) for chip in chips("TPU v5 lite", (16, 16), index)]
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, slices=2), devices)
+    assert mesh.devices.shape == (128, 4, 1)
+    assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices[:, :, 0])
 
 
 def test_without_a_mesh_nothing_is_constrained():

@@ -8,6 +8,7 @@ NVIDIA's data sheets, dense matrix products without sparsity.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,13 @@ GPUS = {
     "A100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2.039e12, 3.0e11),
     "L4": Chip("NVIDIA L4", 121e12, 24 * GIB, 3.0e11, 3.2e10),
     "H100": Chip("NVIDIA H100", 989e12, 80 * GIB, 3.35e12, 4.5e11),
+    "H100 PCIe": Chip("NVIDIA H100 PCIe", 756e12, 80 * GIB, 2.0e12, 3.0e11),
+    "H100 NVL": Chip("NVIDIA H100 NVL", 835e12, 94 * GIB, 3.9e12, 3.0e11),
     "H200": Chip("NVIDIA H200", 989e12, 141 * GIB, 4.8e12, 4.5e11),
     "B200": Chip("NVIDIA B200", 2250e12, 180 * GIB, 8.0e12, 9.0e11),
 }
 
-# How JAX names what it finds: `device.device_kind`, of which a part is looked for, the longest first.
+# How JAX names what it finds: `device.device_kind`, of which whole words are looked for, the most of them first.
 _KINDS = {
     "TPU v4": TPUS["v4"],
     "TPU v5 lite": TPUS["v5e"],
@@ -54,5 +57,5 @@ _KINDS = {
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that JAX calls so; None for one that isn't in the table, such as a CPU."""
-    found = [name for name in _KINDS if name.lower() in device_kind.lower()]
+    found = [name for name in _KINDS if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE)]
     return _KINDS[max(found, key=len)] if found else None

@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes `AXES`, all Auto (Linen's logical metadata needs that), over all devices.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or cannot be laid out on their grid.
     """
     if devices is None:
         keep_freed_memory()
@@ -83,29 +83,37 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     there = len({getattr(device, "slice_index", 0) for device in devices})
     if there != config.slices:
         raise ConfigError(f"mesh.slices={config.slices}: the devices are in {there} slices: set it to that")
-    if config.slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
     within, across = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=auto)
+    try:  # an axis of the mesh may have a part of one of the grid's, as `jax.make_mesh` allows on v5e alone
+        if config.slices == 1:
+            placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        else:
+            placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    except NotImplementedError as error:
+        raise ConfigError(f"{asked}: cannot be laid out on these devices: {' '.join(str(error).split())}") from error
+    return Mesh(placed, AXES, axis_types=auto)
 
 
-def decoding_mesh(tensor: int) -> Mesh:
-    """Mesh of all devices for decoding: the batch over `data`, and `tensor` as given where the devices allow it, or 1.
+def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh of devices, or all, for decoding: the batch over `data`, and `tensor` as given where they allow it, or 1.
 
     For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
     """
     keep_freed_memory()
-    if tensor < 1 or jax.device_count() % tensor:
-        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, jax.device_count())
+    devices = jax.devices() if devices is None else devices
+    if tensor < 1 or len(devices) % tensor:
+        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, len(devices))
         tensor = 1
-    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor))
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
 
 
 def first_devices(count: int | None) -> list[Any]:
     """The first `count` devices, or all, for a mesh of `make_mesh`; a CPU has as many as asked for, simulated.
 
-    Raises ConfigError where there are fewer.
+    Raises ConfigError where there are fewer, or none are asked for.
     """
+    if count is not None and count < 1:
+        raise ConfigError(f"{count} devices are asked for: at least one is needed")
     keep_freed_memory()
     if count is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # too late: with the devices that there are

@@ -29,7 +29,16 @@ def test_points_are_matched_by_what_they_are(point, report_of):
 
 
 def test_single_points_are_compared_even_if_the_devices_differ(point, report_of):
-    assert compare(report_of(), report_of(point(devices=2)))["points"]
+    found = compare(report_of(), report_of(point(devices=2)))
+    assert len(found["points"]) == 1 and found["differences"] == {"devices": [1, 2]}
+
+
+def test_what_points_were_measured_with_is_a_difference(point, report_of):
+    first = point(lengths="full", pipeline=False, mesh={"data": 2, "tensor": 1}, rows_per_batch=8)
+    second = point(lengths="natural", pipeline=False, mesh={"data": 1, "tensor": 2}, rows_per_batch=8)
+    found = compare(report_of(first), report_of(second))
+    assert found["differences"] == {"mesh.data": [2, 1], "mesh.tensor": [1, 2], "lengths": ["full", "natural"]}
+    assert "lengths: full -> natural" in comparison_table(found)
 
 
 def test_differences_are_named(report_of):

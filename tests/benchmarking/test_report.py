@@ -29,6 +29,11 @@ def test_json_goes_to_a_file_or_to_standard_output(tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(capsys.readouterr().out) == {"mfu": 0.5}
 
 
+def test_what_is_no_number_is_null(tmp_path):
+    write_json({"points": [{"loss": float("nan"), "mfu": 0.5}]}, str(tmp_path / "a.json"))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"points": [{"loss": None, "mfu": 0.5}]}
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
         write_json({}, str(tmp_path / "none" / "a.json"))

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory
+from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, storage
 from tfm.config import Config, InputError
 
 
@@ -369,6 +369,26 @@ def test_parameters_alone(run):
     for which in ("best:0", "first", "last:-1", ""):
         with pytest.raises(InputError, match=r"expected last:N or best:N"):
             reader.restore_parameters(shape, which)
+
+
+def test_a_step_that_is_removed_while_it_is_read_is_said(copy, monkeypatch):
+    """Between its hashes and its arrays, by the training beside it; any other error stays what it is."""
+    shape, step = abstract(small_state(0)["parameters"]), CheckpointReader(copy).steps()[-1]
+
+    def fail(directory, abstract_state):
+        raise ValueError("no such array")
+
+    monkeypatch.setattr(storage, "load", fail)
+    with pytest.raises(ValueError, match="no such array"):
+        CheckpointReader(copy).restore_parameters(shape, "last")
+
+    def remove(directory, abstract_state):
+        shutil.rmtree(directory)
+        fail(directory, abstract_state)
+
+    monkeypatch.setattr(storage, "load", remove)
+    with pytest.raises(InputError, match=rf"{step}: was removed while it was read"):
+        CheckpointReader(copy).restore_parameters(shape, "last")
 
 
 def test_averaging_is_done_in_float32_over_usable_checkpoints(run, caplog):

@@ -74,6 +74,13 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
         (["train", "CONFIG", "--sweep=bach=2"], "--sweep=bach=2: no axis 'bach'; did you mean batch?"),
         (["train", "CONFIG", "--picture=a.png"], "--picture: only a sweep is drawn; add --sweep"),
         (["train", "CONFIG", "--json=none/a.json"], "none/a.json: cannot be written: No such file or directory"),
+        (["train", "CONFIG", "--json=.", "--sweep=batch=2"], ".: cannot be written: Is a directory"),
+        (
+            ["train", "CONFIG", "--json=a.png", "--sweep=batch=2"],
+            "a.png: the picture of the sweep would",
+        ),
+        (["train", "CONFIG", "--devices=0"], "0 devices are asked for: at least one is needed"),
+        (["decode", "CONFIG", "--devices=-1"], "-1 devices are asked for: at least one is needed"),
         (["decode", "CONFIG", "--length=0"], "must be at least 1"),
         (["compare", "a.json"], "1 reports are given, and two are compared; usage: tfm benchmark compare"),
         (["compare", "a", "b", "--jsn=c"], "--jsn=c: unknown option; usage: tfm benchmark compare"),

@@ -42,6 +42,7 @@ def test_the_parameters_one_a_line(capsys):
         (["--rows_per_chip=0"], ["--rows_per_chip=0", "at least 1"]),
         (["--picture=x.png"], ["--picture", "name them with --topology"]),
         (["--topology=v5e:2x2", "--meshes=a"], ["--meshes a", "data,fsdp,tensor"]),
+        (["--parameters", "--json=p.json"], ["--parameters prints a table", "does not take --json"]),
         (["--topologie=v5e:2x2"], ["did you mean --topology?"]),
     ],
 )

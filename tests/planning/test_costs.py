@@ -77,6 +77,40 @@ ENTRY %main (x: f32[100]) -> f32[100] {
     assert copied_bytes_by_xla(Program(text)) == 4 * 400
 
 
+SLICES = """HloModule m
+
+ENTRY %main (x: f32[6,100], i: s32[]) -> f32[6,100] {
+  %x = f32[6,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %taken = f32[1,100]{1,0:T(8,128)S(1)} dynamic-slice(%x, %i, %zero), dynamic_slice_sizes={1,100}
+  ROOT %kept = f32[6,100]{1,0} dynamic-update-slice(%x, %taken, %i, %zero)
+}
+"""
+
+
+def test_slices_between_memories_count_where_they_are_read_and_written():
+    assert bytes_accessed(Program(SLICES))[1] == 4 * 400
+    assert bytes_accessed(Program(SLICES), in_main_memory=True)[1] == 2 * 400
+
+
+GATHER = """HloModule m
+
+ENTRY %main (x: f32[1,100]) -> f32[4,100] {
+  %x = f32[1,100]{1,0} parameter(0)
+  GATHER
+}
+"""
+
+
+def test_a_collective_moves_the_same_whether_it_is_waited_for_or_not():
+    at_once = "ROOT %all = f32[4,100]{1,0} all-gather(%x), dimensions={0}"
+    later = """%start = (f32[1,100]{1,0}, f32[4,100]{1,0}) all-gather-start(%x), dimensions={0}
+  ROOT %all = f32[4,100]{1,0} all-gather-done(%start)"""
+    for text in (at_once, later):
+        assert bytes_accessed(Program(GATHER.replace("GATHER", text)))[1] == 400 + 1600
+
+
 def test_products_that_a_tpu_writes_as_convolutions():
     assert product_flops(Program(CONVOLUTION))[1] == 2 * 4 * 32 * 8 * 16
     # A batch as a dilated window: of the four places of each window, but one meets an input.

@@ -82,6 +82,12 @@ def test_an_axis_that_is_no_ring_has_half_the_bandwidth():
     assert seconds("v5e:8x16", "all-gather", range(128)) == pytest.approx(2 * 1e9 * 127 / 128 / (3 * LINK))
 
 
+def test_three_axes_are_rings_in_whole_cubes_alone():
+    link = TPUS["v5p"].link_bandwidth
+    assert seconds("v5p:4x4x4", "all-gather", range(64)) == pytest.approx(2 * 1e9 * 63 / 64 / (6 * link))
+    assert seconds("v5p:2x2x4", "all-gather", range(16)) == pytest.approx(2 * 1e9 * 15 / 16 / (3 * link))
+
+
 def test_a_group_within_one_row_has_that_row_s_links():
     assert seconds("v5e:16x16", "all-gather", range(16)) == pytest.approx(2 * 1e9 * 15 / 16 / (2 * LINK))
     assert seconds("v5e:16x16", "all-gather", range(4)) == pytest.approx(2 * 1e9 * 3 / 4 / LINK)

@@ -12,6 +12,10 @@ from tfm.config import InputError
 
 # A point is one that the other report has, too, where all of these are the same.
 _IDENTITY = ("batch", "length", "devices", "beam_size", "sentences")
+# What a point was measured with, and which its report's config doesn't have.
+_SETTINGS = ("devices", "mesh", "dtype", "vocab_size", "beam_size", "sentences", "rows_per_batch", "source_row_length")
+_SETTINGS += ("target_row_length", "source_length", "target_length", "lengths", "pipeline")
+_SETTINGS += ("warmup_steps", "steps", "warmup_searches", "searches")
 _MEASURED = ("_seconds", "_seconds_median", "_seconds_p10", "_seconds_p90", "_per_second", "_bytes", "_utilisation")
 _MEASURED_NAMES = ("mfu", "mfu_of_published_peak", "matmul_peak_flops")
 
@@ -34,7 +38,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
     Returns:
       {"differences": {name: [first, second]}, "points": [{"point": {…}, "figures": {name: {"first", "second",
-      "ratio"}}}]}; differences are of the device, the versions and the config.
+      "ratio"}}}]}; differences are of the device, the versions, the config, and what the points were
+      measured with.
 
     Raises InputError where the two are not of the same benchmark, or have no point in common.
     """
@@ -53,8 +58,12 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         )
     surroundings = ("device", "versions", "config")
     ours, theirs = ({name: one.get(name, {}) for name in surroundings} for one in (first, second))
+    differences = dict(_differences(ours, theirs))
+    for pair in pairs:
+        settings = ({name: point[name] for name in _SETTINGS if name in point} for point in pair)
+        differences |= {name: values for name, values in _differences(*settings) if name not in differences}
     return {
-        "differences": dict(_differences(ours, theirs)),
+        "differences": differences,
         "points": [{"point": dict(_identity(a)), "figures": _figures(a, b)} for a, b in pairs],
     }
 

@@ -65,7 +65,7 @@ def time_decoding(
       ConfigError: what the decoder raises.
       OutOfDeviceMemory: sentences that don't fit at once, and how many do.
     """
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1), devices)
+    mesh = sharding.decoding_mesh(config.mesh.tensor, devices)
     decoder, bucket = _fitting_decoder(config, mesh, timing.length, beams, sentences)
     model = decoder.models[0]
     generator = np.random.default_rng(0)

@@ -18,6 +18,7 @@ import jax
 from tfm import __version__
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config, InputError
+from tfm.training.metrics import finite
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 _ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS")
@@ -145,7 +146,7 @@ def _cell(value: float | None, unit: float, digits: int) -> str:
 
 def write_json(values: Any, where: str) -> None:
     """Writes JSON to a file, or to standard output for `-`. Raises InputError naming a file that cannot be written."""
-    text = json.dumps(values, indent=2, allow_nan=False, default=str) + "\n"
+    text = json.dumps(finite(values), indent=2, allow_nan=False, default=str) + "\n"
     if where == "-":
         sys.stdout.write(text)
         return

@@ -88,10 +88,14 @@ def main(argv: list[str]) -> int:
     from tfm.benchmarking.sweep import Sweep
 
     sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)
+    where = None if arguments.json in (None, "-") else Path(arguments.json)
+    if where is not None:
+        check_writable(where)
     picture = _picture(arguments)
-    for path in (None if arguments.json in (None, "-") else Path(arguments.json), picture):
-        if path is not None:
-            check_writable(path)
+    if picture is not None:
+        if picture == where:
+            raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
+        check_writable(picture)
     report = _measured(arguments, config, sweep, argv)
     if arguments.json is not None:
         write_json(report, arguments.json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tfm.config import InputError
+from tfm.training.metrics import finite
 
 if TYPE_CHECKING:
     from tfm.decoding.translator import Translator
@@ -151,18 +151,10 @@ def check_writable(path: Path) -> None:
 
 def json_line(value: Any) -> str:
     """JSON in which nothing can be taken for the end of a line, and what is no number is null."""
-    text = json.dumps(_finite(value), ensure_ascii=False)
+    text = json.dumps(finite(value), ensure_ascii=False)
     for character in "\u0085\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(its) for key, its in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(its) for its in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log_rate(translator: Translator, seconds: float) -> None:

@@ -42,6 +42,9 @@ def main(argv: list[str]) -> int:
     if not arguments.topology and (arguments.meshes or arguments.picture):
         given = "--meshes" if arguments.meshes else "--picture"
         raise InputError(f"{given} compares plans for TPU slices: name them with --topology, such as v5e:16x16")
+    if arguments.parameters and (len(arguments.meshes) > 1 or arguments.json or arguments.picture):
+        given = "--json" if arguments.json else "--picture" if arguments.picture else "more than one of --meshes"
+        raise InputError(f"--parameters prints a table for one mesh, and does not take {given}")
     from tfm.planning import plan, report, topology
 
     slices = [topology.topology_of(name) for name in arguments.topology]
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> int:
     if slices:
         topology.no_accelerator_is_looked_for()
     if arguments.parameters:
+        config = dataclasses.replace(config, mesh=meshes[0]).validate()
         print(report.parameter_table(plan.trainer_on(config, slices[0] if slices else None, arguments.rows_per_chip)))
         return 0
     if slices:

@@ -113,10 +113,8 @@ def open_store(directory: str | os.PathLike[str], cache_dir: str | os.PathLike[s
         manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise InputError(f"{path}: format {manifest['format']}, not {FORMAT}; delete {root} and prepare it anew")
-        if cache_dir is not None:
-            local = _cached(root, content, manifest, Path(cache_dir))
-        elif _is_remote(root):
-            _cache_of(root, cache_dir)
+        if cache_dir is not None or _is_remote(root):
+            local = _cached(root, content, manifest, _cache_of(root, cache_dir))
         else:
             local = Path(root)
         for name, entry in manifest["files"].items():

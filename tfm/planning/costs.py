@@ -107,15 +107,24 @@ def moved_bytes(
     if opcode in _COPIES:  # a tuple of two arrays and a flag; as much is read as is written
         first, second = arrays(instruction.shape)[:2]
         return float(sum(min(map(shape_bytes, (first, second))) for place in (first, second) if size(place)))
-    if opcode.endswith("-start"):
-        return 2.0 * sum(size(shape) for shape in shapes.values())
+    if opcode.endswith("-start"):  # of a collective, whose shape may begin with those of its operands
+        results = arrays(instruction.shape)
+        results = results[len(shapes) : 2 * len(shapes)] if len(results) > len(shapes) else results
+        return float(sum(map(size, [*shapes.values(), *results])))
     if opcode == "fusion":
         return _fusion_bytes(program, instruction, shapes, size)
     if opcode == "dynamic-update-slice":
-        return 2.0 * size(shapes[instruction.operands[1]])
+        update = shapes[instruction.operands[1]]
+        return _moved(shape_bytes(update), size(update), size(instruction.shape))
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2.0 * size(instruction.shape)
+        whole = shapes[instruction.operands[0]]
+        return _moved(shape_bytes(instruction.shape), size(whole), size(instruction.shape))
     return float(size(instruction.shape) + sum(size(shapes[name]) for name in instruction.operands))
+
+
+def _moved(part: int, *places: int) -> float:
+    """Bytes of a part that is read in one place and written in another, for each of them that counts."""
+    return float(part * sum(place > 0 for place in places))
 
 
 def _fusion_bytes(program: Program, fusion: Instruction, shapes: dict[str, str], size: Callable[[str], int]) -> float:

@@ -34,6 +34,11 @@ class Topology:
     def chips(self) -> int:
         return math.prod(self.grid)
 
+    def is_ring(self, axis: int) -> bool:
+        """Whether the ends of an axis are joined. Switches do it in slices of three axes, for whole cubes alone."""
+        shortest = min(self.grid) if len(self.grid) == 3 else self.grid[axis]
+        return 0 < self.chip.wraps_from <= shortest
+
 
 def topology_of(name: str) -> Topology:
     """The slice of that name. Raises InputError with those that are known."""
@@ -112,7 +117,7 @@ def collective_seconds(collective: Collective, topology: Topology, coordinates: 
         values = {place[axis] for place in places}
         if len(values) == 1:
             continue
-        is_ring = len(values) == length and 0 < chip.wraps_from <= length
+        is_ring = len(values) == length and topology.is_ring(axis)
         span = length if is_ring else max(values) - min(values) + 1
         bandwidth += chip.link_bandwidth * (2 if is_ring else 1) * len(values) / span
     if not bandwidth:

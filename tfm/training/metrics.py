@@ -104,7 +104,7 @@ class MetricsWriter:
         step, kind = int(event["step"]), str(event["kind"])
         numbers = {name: float(value) for name, value in event.items() if name not in ("step", "kind")}
         with _naming(self.path):
-            self._append({"step": step, "kind": kind} | {n: _or_null(value) for n, value in numbers.items()})
+            self._append({"step": step, "kind": kind} | finite(numbers))
             self._board.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
         if kind == "validation":
             self._draw()
@@ -266,9 +266,13 @@ def _finish(axes: Any, title: str, unit: str) -> None:
         axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=_GREY)
 
 
-def _or_null(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """A number, or lists and dictionaries of them, with null in the place of NaN and infinity, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(its) for key, its in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(its) for its in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary(numbers: Mapping[str, float]) -> str:
