@@ -152,4 +152,4 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from tfm import sharding
 
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda config, devices=None: make_mesh(config, jax.devices()[:1]))

@@ -100,9 +100,9 @@ def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
     """
     keep_freed_memory()
-    devices = jax.devices() if devices is None else devices
-    if tensor < 1 or len(devices) % tensor:
-        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, len(devices))
+    count = jax.device_count() if devices is None else len(devices)
+    if tensor < 1 or count % tensor:
+        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, count)
         tensor = 1
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
 
