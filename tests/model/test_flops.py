@@ -1,6 +1,7 @@
 """The formula against a count by hand, and against what the compiler counts in the matrix products."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,9 @@ def dot_flops(function, *arguments) -> float:
             if equation.primitive.name == "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
                 shape = equation.invars[0].aval.shape
-                inner = 1
-                for axis in contracted:
-                    inner *= shape[axis]
-                total += 2.0 * inner * equation.outvars[0].aval.size
-            closed += [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
+                total += 2.0 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
+            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+            closed += [p for p in inner if hasattr(p, "eqns")]
     return total
 
 

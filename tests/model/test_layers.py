@@ -184,3 +184,32 @@ def test_every_site_of_a_layer_draws_its_own_bits(monkeypatch):
     drawn.clear()
     jax.eval_shape(layer.apply, {"params": parameters}, *inputs, dropout_key(0, jnp.int32(0), jnp.arange(B)))
     assert len(drawn) == len(set(drawn)) == 6  # three sums, two sets of attention weights, the inner features
+
+
+@pytest.mark.parametrize(("kind", "activations"), [("encoder", 8 + 2), ("decoder", 15 + 2)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_little_is_kept_for_the_backward_pass(kind, activations, activation):
+    """Operands of products and what goes into norms, in the type of the products: no masks, and no float32.
+
+    Of an encoder layer: its input, queries, keys, values, what attention gives, two sums and the norm of the first,
+    each [B, S, D], and the inner projection, which here is twice as wide and counts twice.
+    """
+    c = config(d_model=D, d_ff=2 * D, d_v=None, dropout_rate=0.1, activation_dropout_rate=0.1, activation=activation)
+    where = Tokens(jnp.ones((B, S), jnp.int32), jnp.broadcast_to(jnp.arange(S), (B, S)))
+    sight = Sight.of(where, where, causal=False)
+    memory = () if kind == "encoder" else (random(B, S, D, seed=1).astype(BFLOAT16),)
+    sights = (sight,) if kind == "encoder" else (sight, sight)
+    layer = (EncoderLayer if kind == "encoder" else DecoderLayer)(c, BFLOAT16)
+    key = dropout_key(0, jnp.zeros((), jnp.int32), jnp.arange(B))
+    x_BSD = random(B, S, D).astype(BFLOAT16)
+    parameters = unboxed(layer.init(jax.random.key(0), x_BSD, *memory, *sights, None))
+
+    def backward(parameters, x_BSD, memory):
+        return jax.vjp(lambda p, x, m: layer.apply(p, x, *m, *sights, key), parameters, x_BSD, memory)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, parameters, x_BSD, memory))
+    large = [leaf for leaf in kept if leaf.shape[:2] == (B, S) and leaf.size >= B * S * D]
+    weights = [leaf for leaf in kept if leaf.shape == (B, c.num_heads, S, S)]  # of XLA's attention: kernels keep none
+    assert {leaf.dtype for leaf in large} == {BFLOAT16}
+    assert sum(leaf.size for leaf in large) <= activations * B * S * D
+    assert weights

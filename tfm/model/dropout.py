@@ -57,4 +57,10 @@ def dropout(x: jax.Array, rate: float, key: DropoutKey | None, site: int) -> jax
     """`x` [B, L, …] with a share `rate` of its elements zeroed and the rest scaled up; without a key, `x` itself."""
     if key is None or rate == 0.0:
         return x
-    return jnp.where(keep_mask(key.fold_in(site), x.shape, rate), x / (1.0 - rate), jnp.zeros_like(x))
+    site_key = key.fold_in(site)
+
+    def drop(x: jax.Array) -> jax.Array:
+        return jnp.where(keep_mask(site_key, x.shape, rate), x / (1.0 - rate), jnp.zeros_like(x))
+
+    # The bits are computed again in the backward pass, which takes less time than to keep them.
+    return jax.checkpoint(drop, prevent_cse=False)(x)

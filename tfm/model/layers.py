@@ -78,7 +78,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        norm = nn.LayerNorm(
+        # The backward pass starts from `x`: what the norm computes on the way, in float32, isn't kept for it.
+        norm = nn.remat(nn.LayerNorm, prevent_cse=False)(
             epsilon=1e-6,
             dtype=jnp.float32,
             scale_init=nn.with_logical_partitioning(ones, ("embed",)),
@@ -99,8 +100,14 @@ class FeedForward(nn.Module):
         c = self.config
         x_BLF = Projection((c.d_model,), (c.d_ff,), ("embed", "mlp"), self.dtype, use_bias=True, name="inner")(x_BLD)
         x_BLF = constrain(x_BLF, "activation_batch", "activation_length", "activation_mlp")
-        x_BLF = dropout(_ACTIVATIONS[c.activation](x_BLF), c.activation_dropout_rate, key, _SITES["inner"])
-        return Projection((c.d_ff,), (c.d_model,), ("mlp", "embed"), self.dtype, use_bias=True, name="outer")(x_BLF)
+
+        def rest(module: FeedForward, x_BLF: jax.Array) -> jax.Array:
+            x_BLF = dropout(_ACTIVATIONS[c.activation](x_BLF), c.activation_dropout_rate, key, _SITES["inner"])
+            axes = ("mlp", "embed")
+            return Projection((c.d_ff,), (c.d_model,), axes, module.dtype, use_bias=True, name="outer")(x_BLF)
+
+        # Kept for the backward pass is what goes in: not the activation's result as well, nor where it was above 0.
+        return nn.remat(rest, prevent_cse=False)(self, x_BLF)
 
 
 class _Layer(nn.Module):
