@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-# Allocates, fills and frees 96 MiB again and again, in a thread, as XLA does with the buffers of a step.
+# Allocates {size} bytes, fills 96 MiB of them and frees them, again and again, in a thread, as XLA does in each step.
 CHURN = """
 import ctypes, resource, sys, threading
 {before}
@@ -17,7 +17,7 @@ faults = []
 
 def churn():
     for _ in range(6):
-        buffer = libc.malloc(96 * 2**20)
+        buffer = libc.malloc({size})
         libc.memset(buffer, 1, 96 * 2**20)
         libc.free(buffer)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
@@ -31,15 +31,16 @@ print(faults[-1] - faults[0])
 KEEP = "from tfm.allocator import keep_freed_memory; keep_freed_memory()"
 
 
-def pages_mapped_anew(before: str) -> int:
-    program = CHURN.format(before=textwrap.dedent(before))
+def pages_mapped_anew(before: str, size: int) -> int:
+    program = CHURN.format(before=textwrap.dedent(before), size=size)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     return int(done.stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the option is glibc's")
-def test_freed_memory_is_kept():
-    assert pages_mapped_anew(KEEP) < 100 < pages_mapped_anew("")
+@pytest.mark.parametrize("size", [96 * 2**20, 3 * 2**30])
+def test_freed_memory_is_kept(size):
+    assert pages_mapped_anew(KEEP, size) < 100 < pages_mapped_anew("", size)
 
 
 def test_it_is_asked_for_before_libraries_are_imported():

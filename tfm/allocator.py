@@ -7,8 +7,8 @@ import os
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-# Options of glibc's mallopt(3): M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
-_KEEP_FREED = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
+# Options of glibc's mallopt(3): M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never) and M_TOP_PAD.
+_KEEP_FREED = {-8: 1, -4: 0, -1: -1, -2: 64 * 2**20}
 
 
 def keep_freed_memory() -> None:
