@@ -7,6 +7,7 @@ cuts the parameters into layers once, and `decode_step` goes through them one by
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -140,6 +141,7 @@ class Transformer(nn.Module):
         return self.output_embedding.logits(x_BTD)
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_parameters(model: Transformer) -> Parameters:
     """Shapes of the parameters, each boxed with its logical axes; nothing is allocated."""
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
@@ -240,12 +242,15 @@ def decode_step(
     past_T = jnp.arange(ancestors_BTW.shape[1]) <= position
     seen_BTVW = (ancestors_BTW[:, :, None] == beams_W[None, None, :, None]) & past_T[None, :, None, None]
     seen_BLW = seen_BTVW.reshape(tokens_BW.shape[0], -1, beams_W.size)
+
+    @jax.jit  # by itself, so that it is traced once for all layers: a start with a compiled program is mostly tracing
+    def step(parameters: Parameters, x_BWD: jax.Array, layer: LayerCache, *rest: jax.Array) -> Any:
+        return DecoderLayer(c, dtype).apply({"params": parameters}, x_BWD, layer, *rest, method="decode_step")
+
     layers = []
-    for parameters, layer_cache in zip(unstacked["decoder"]["layers"], cache.layers, strict=True):
-        x_BWD, layer_cache = DecoderLayer(c, dtype).apply(
-            {"params": parameters}, x_BWD, layer_cache, seen_BLW, cache.source_mask_BS, position, method="decode_step"
-        )
-        layers.append(layer_cache)
+    for parameters, layer in zip(unstacked["decoder"]["layers"], cache.layers, strict=True):
+        x_BWD, layer = step(parameters, x_BWD, layer, seen_BLW, cache.source_mask_BS, position)
+        layers.append(layer)
     logits_BWV = project(model, unstacked, x_BWD)
     return logits_BWV, cache._replace(layers=tuple(layers), ancestors_BTW=ancestors_BTW, position=position + 1)
 
@@ -296,8 +301,13 @@ def _encode_unstacked(
     table = unstacked["target_embedding" if c.tie_embeddings == "all" else "source_embedding"]
     x_BSD = Embedding(c, model.vocab_size, dtype).apply({"params": table}, tokens_BS, positions_1S, None)
     sight = Sight.of(source, source, causal=False)
+
+    @jax.jit  # by itself, as a layer of `decode_step` is
+    def encode(parameters: Parameters, x_BSD: jax.Array, sight: Sight) -> jax.Array:
+        return EncoderLayer(c, dtype).apply({"params": parameters}, x_BSD, sight, None)
+
     for layer in unstacked["encoder"]["layers"]:
-        x_BSD = EncoderLayer(c, dtype).apply({"params": layer}, x_BSD, sight, None)
+        x_BSD = encode(layer, x_BSD, sight)
     return _final_norm(model, unstacked["encoder"], x_BSD), source
 
 
