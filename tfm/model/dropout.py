@@ -62,5 +62,6 @@ def dropout(x: jax.Array, rate: float, key: DropoutKey | None, site: int) -> jax
     def drop(x: jax.Array) -> jax.Array:
         return jnp.where(keep_mask(site_key, x.shape, rate), x / (1.0 - rate), jnp.zeros_like(x))
 
-    # The bits are computed again in the backward pass, which takes less time than to keep them.
-    return jax.checkpoint(drop, prevent_cse=False)(x)
+    # On accelerators, the bits are computed again in the backward pass, which takes less than to keep them. On CPUs,
+    # whose products are float32, it would take longer.
+    return drop(x) if x.dtype == jnp.float32 else jax.checkpoint(drop, prevent_cse=False)(x)

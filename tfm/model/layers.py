@@ -78,8 +78,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        # The backward pass starts from `x`: what the norm computes on the way, in float32, isn't kept for it.
-        norm = nn.remat(nn.LayerNorm, prevent_cse=False)(
+        # The backward pass starts from `x`: what the norm computes on the way, in float32, is not kept. Where `x` is
+        # float32 itself, on CPUs, less would be saved by that than it takes to compute it again.
+        norm = (nn.LayerNorm if self.dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False))(
             epsilon=1e-6,
             dtype=jnp.float32,
             scale_init=nn.with_logical_partitioning(ones, ("embed",)),
@@ -107,7 +108,7 @@ class FeedForward(nn.Module):
             return Projection((c.d_ff,), (c.d_model,), axes, module.dtype, use_bias=True, name="outer")(x_BLF)
 
         # Kept for the backward pass is what goes in: not the activation's result as well, nor where it was above 0.
-        return nn.remat(rest, prevent_cse=False)(self, x_BLF)
+        return (rest if self.dtype == jnp.float32 else nn.remat(rest, prevent_cse=False))(self, x_BLF)
 
 
 class _Layer(nn.Module):
