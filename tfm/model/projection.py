@@ -18,30 +18,46 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """`x` [..., I] times a kernel, [..., O], both of one dtype."""
-    inner, outer = kernel_IO.shape
-    kernel_OI = _transposed(kernel_IO) if inner > outer else kernel_IO.T
-    return jnp.einsum("...I,OI->...O", x, kernel_OI, precision=matmul_precision(x.dtype))
+    # On accelerators, a gradient of its own would keep the operand of each product anew for the backward pass.
+    return _cpu_matmul(x, kernel_IO) if x.dtype == jnp.float32 else _product(x, kernel_IO)
 
 
 @jax.custom_vjp
-def _transposed(kernel_IO: jax.Array) -> jax.Array:
-    """A tall kernel on its side, [O, I]: so its gradient comes out of a product that XLA computes faster on CPUs.
-
-    There, a product takes up to twice as long for a tall result as for the same one lying on its side. To the product
-    itself it makes no difference, and nothing more is kept for the backward pass.
-    """
-    return kernel_IO.T
+def _cpu_matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """The same with the usual gradients, computed faster on CPUs."""
+    return _product(x, kernel_IO)
 
 
-def _transposed_backward(_: None, gradient_OI: jax.Array) -> tuple[jax.Array]:
-    def apart(gradient_OI: jax.Array) -> jax.Array:
+def _product(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel_IO, precision=matmul_precision(x.dtype))
+
+
+def _matmul_forward(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # Not `matmul` again: a remat policy that saves products would not see one in it.
+    return _product(x, kernel_IO), (x, kernel_IO)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_IO = saved
+    precision = matmul_precision(x.dtype)
+
+    def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+        rows = tuple(range(a.ndim - 1))
+        return jnp.tensordot(a, b, axes=(rows, rows), precision=precision)
+
+    def transposed(x: jax.Array, gradient: jax.Array) -> jax.Array:
         # The barrier keeps the compiler from taking the transposition into the product again.
-        return jax.lax.optimization_barrier(gradient_OI).T
+        return jax.lax.optimization_barrier(over_rows(gradient, x)).T
 
-    return (jax.lax.platform_dependent(gradient_OI, cpu=apart, default=jnp.transpose),)
+    # XLA's products on CPUs take up to twice as long for a tall result as for the same one lying on its side.
+    tall = x.shape[-1] > gradient.shape[-1]
+    kernel_gradient_IO = jax.lax.platform_dependent(
+        x, gradient, cpu=transposed if tall else over_rows, default=over_rows
+    )
+    return jnp.matmul(gradient, kernel_IO.T, precision=precision), kernel_gradient_IO
 
 
-_transposed.defvjp(lambda kernel_IO: (kernel_IO.T, None), _transposed_backward)
+_cpu_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Projection(nn.Module):
@@ -66,7 +82,7 @@ class Projection(nn.Module):
         # As one plain matrix product: of several dimensions, compilers make layouts that have to be copied again. For
         # the same reason the barrier keeps them from taking the kernel's own dimensions through the product.
         kernel_IO = kernel.astype(self.dtype).reshape(math.prod(self.in_shape), math.prod(self.out_shape))
-        if kernel.ndim > 2:
+        if kernel.ndim > 2 and self.dtype != jnp.float32:
             kernel_IO = jax.lax.optimization_barrier(kernel_IO)
         rows = x.shape[: x.ndim - len(self.in_shape)]
         y = matmul(x.astype(self.dtype).reshape(*rows, -1), kernel_IO).reshape(*rows, *self.out_shape)
