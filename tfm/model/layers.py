@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
             axes = ("mlp", "embed")
             return Projection((c.d_ff,), (c.d_model,), axes, module.dtype, use_bias=True, name="outer")(x_BLF)
 
-        # Kept for the backward pass is what goes in: not the activation's result as well, nor where it was above 0.
+        # As with the norm, what goes in is kept: not the activation's result as well, nor where it was above 0.
         return (rest if self.dtype == jnp.float32 else nn.remat(rest, prevent_cse=False))(self, x_BLF)
 
 
