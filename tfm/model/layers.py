@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,15 @@ class Embedding(nn.Module):
         return constrain(logits_BTV, "activation_batch", "activation_length", "activation_vocab")
 
 
+def _computed_again(block: Any, dtype: jnp.dtype) -> Any:
+    """A module's class, or a function of a module, that keeps its input alone for the backward pass.
+
+    What it computes on the way, masks and float32, is as large again as all that is kept, and moves more bytes than
+    computing it again does. On CPUs, where products are float32, it is kept: computing it takes longer there.
+    """
+    return block if dtype == jnp.float32 else nn.remat(block, prevent_cse=False)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over features, in float32 (Ba et al., 2016)."""
 
@@ -78,9 +88,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        # The backward pass starts from `x`: what the norm computes on the way, in float32, is not kept. Where `x` is
-        # float32 itself, on CPUs, less would be saved by that than it takes to compute it again.
-        norm = (nn.LayerNorm if self.dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False))(
+        norm = _computed_again(nn.LayerNorm, self.dtype)(
             epsilon=1e-6,
             dtype=jnp.float32,
             scale_init=nn.with_logical_partitioning(ones, ("embed",)),
@@ -107,8 +115,7 @@ class FeedForward(nn.Module):
             axes = ("mlp", "embed")
             return Projection((c.d_ff,), (c.d_model,), axes, module.dtype, use_bias=True, name="outer")(x_BLF)
 
-        # As with the norm, what goes in is kept: not the activation's result as well, nor where it was above 0.
-        return (rest if self.dtype == jnp.float32 else nn.remat(rest, prevent_cse=False))(self, x_BLF)
+        return _computed_again(rest, self.dtype)(self, x_BLF)
 
 
 class _Layer(nn.Module):
