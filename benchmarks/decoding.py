@@ -61,7 +61,7 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
                 max_source_length=length + 1,
                 tokens_per_batch=rows * (length + 1),
             )
-            decoders[rows] = Decoder([model], mesh, config, banned=(0, BOS))
+            decoders[rows] = Decoder([model], mesh, config, banned=(0, BOS), scores=False)
             decoders[rows].set_parameters(parameters)
         decoder = decoders[rows]
         batches = [[[*ids, EOS] for ids in sentences[at : at + rows].tolist()] for at in range(0, count, rows)]

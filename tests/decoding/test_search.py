@@ -76,9 +76,9 @@ class ByPast:
         return total
 
 
-def greedy(step, cache, bounds):
+def greedy(step, cache, bounds, **settings):
     """Compiled, like every search here, and what it finds in NumPy's arrays: op by op all would take far longer."""
-    return jax.device_get(jax.jit(lambda: search.greedy(step, cache, bounds, **IDS))())
+    return jax.device_get(jax.jit(lambda: search.greedy(step, cache, bounds, **settings, **IDS))())
 
 
 def beam(step, cache, bounds, *, beams, n_best=1, alpha=0.6):
@@ -192,6 +192,38 @@ def test_not_a_number_ends_the_sentence():
     assert np.isnan(found.log_probs_BW[0, 0]) and np.isfinite(found.log_probs_BW[1, 0])
     found = beam(by_position(table), Cache(jnp.int32(0), 4), limits([3, 3]), beams=3, n_best=1, alpha=0.0)
     assert said(found, 1) == [] and not np.isnan(found.log_probs_BW).any()  # ending at once is likelier than three more
+
+
+@pytest.mark.parametrize("prefix", [None, [[-1, -1], [2, -1], [2, 3], [-1, -1], [4, 5]]])
+def test_without_scores_the_same_is_said(prefix):
+    table = np.random.default_rng(2).normal(size=(5, 10, 12))
+    table[0, :4, EOS], table[0, 4, EOS] = NEVER, 9  # ends at its limit by itself
+    table[1, 1:, 2:] = table[1, 1:, 0, None] = NEVER  # has nothing but an end to go on with
+    table[2, :, EOS] = NEVER  # is made to end
+    table[3, 3, 7] = np.nan
+    arguments = by_position(table), Cache(jnp.int32(0), 10), limits([4, 9, 9, 9, 0], [1, 1, 0, 2, 0], prefix, 7)
+    scored, found = greedy(*arguments), greedy(*arguments, scores=False)
+    for mine, theirs in zip(found, scored, strict=True):
+        if mine is not found.log_probs_BW:
+            np.testing.assert_array_equal(mine, theirs)
+    assert found.lengths_BW[:, 0].tolist()[:2] + found.lengths_BW[4].tolist() == [4, 1, 0]
+    assert found.is_whole_B.tolist() == [True, True, False, True, True]
+    np.testing.assert_array_equal(np.isnan(found.log_probs_BW), np.isnan(scored.log_probs_BW))
+    assert not found.log_probs_BW[[0, 1, 4]].any()
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_only_scores_need_a_step_for_an_end_that_is_forced(scores):
+    calls, step = [], by_last_token([[0.0, 1.0, 3.0]] * 3)
+
+    def counted(tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        return step(tokens, cache)
+
+    found = greedy(counted, Cache((), 9), limits([0, 2, 3]), scores=scores)
+    jax.effects_barrier()
+    assert found.lengths_BW[:, 0].tolist() == [0, 2, 3]
+    assert len(calls) == 3 + scores
 
 
 @pytest.mark.parametrize("beams", [1, 3])

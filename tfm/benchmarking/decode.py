@@ -82,7 +82,8 @@ def time_decoding(
     if timing.profile is not None:
         trace = profiled(timing.profile, compiled, full, _PROFILED_SEARCHES, "search")
     search, after_one_step = (float(np.median(times)) for times in seconds)
-    steps = timing.length + 1  # the end is a token, too
+    # The end takes a step, since beams are ranked by its log-probability, too; greedy search without scores has none.
+    steps = timing.length + (beams > 1)
     step = (search - after_one_step) / (steps - 1)
     # Noise can hide a search of a few milliseconds: unknown is better than 0.
     resolved = 0 < step < after_one_step
@@ -92,7 +93,7 @@ def time_decoding(
     contents = {
         "sentences": sentences,
         "source_tokens": sentences * (timing.length + 1),
-        "target_tokens": sentences * (timing.length + 1),
+        "target_tokens": sentences * steps,
     }
     return {
         "devices": len(devices),
@@ -146,7 +147,7 @@ def _decoder(
     model = Transformer(
         config.model, config.data.vocab_size, compute_dtype(config.model, mesh.devices.flat[0].platform)
     )
-    decoder = Decoder([model], mesh, decoding, _BANNED)
+    decoder = Decoder([model], mesh, decoding, _BANNED, scores=False)
     decoder.set_parameters(jax.jit(lambda: init_parameters(model, config.training.seed))())
     return decoder, decoder.buckets[-1]
 

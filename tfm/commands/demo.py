@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     pairs = list(demo_corpus.data_source(config.data.test_split))
     sources = [pair[config.data.source_language] for pair in pairs]
     references = [pair[config.data.target_language] for pair in pairs]
-    translator = Translator.load(arguments.workdir, config)
+    translator = Translator.load(arguments.workdir, config, scores=False)
     translating = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]
     now = time.perf_counter()

@@ -56,7 +56,7 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
         for path in (arguments.output, None if arguments.json in (None, "-") else Path(arguments.json)):
             if path is not None:
                 check_writable(path)
-    translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
+    translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble, scores=False)
     start = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]
     seconds = time.perf_counter() - start

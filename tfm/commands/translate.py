@@ -65,7 +65,9 @@ def main(argv: list[str]) -> int:
         if file.isatty():  # someone types and waits: one sentence at a time, in a shape that has no room for more
             decoding = dataclasses.replace(config.decoding, tokens_per_batch=config.decoding.max_source_length)
             config = dataclasses.replace(config, decoding=decoding)
-        translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
+        translator = Translator.load(
+            arguments.workdir, config, arguments.checkpoint, arguments.ensemble, scores=arguments.format != "text"
+        )
         start = time.perf_counter()
         given = None if prefixes is None else text_lines(prefixes)
         for window in translator.windows(text_lines(source), given, first=done + 1):

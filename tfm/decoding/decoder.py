@@ -62,13 +62,22 @@ class Decoder:
       mesh: the batch is split over (data, fsdp), heads and vocabulary over tensor.
       config: shapes and search.
       banned: ids that are never generated.
+      scores: whether the log-probabilities of translations are wanted. Greedy search is quicker without.
 
     Raises:
       ConfigError: a beam of more hypotheses than there are tokens.
     """
 
-    def __init__(self, models: Sequence[Transformer], mesh: Mesh, config: DecodingConfig, banned: Sequence[int]):
-        self.models, self.mesh, self.config = tuple(models), mesh, config
+    def __init__(
+        self,
+        models: Sequence[Transformer],
+        mesh: Mesh,
+        config: DecodingConfig,
+        banned: Sequence[int],
+        *,
+        scores: bool = True,
+    ):
+        self.models, self.mesh, self.config, self.scores = tuple(models), mesh, config, scores
         vocab_size = self.models[0].vocab_size
         if not config.sampling and config.beam_size > vocab_size - len(banned):
             raise ConfigError(
@@ -209,7 +218,7 @@ class Decoder:
                 **symbols,
             )
         if beams == 1:
-            return search.greedy(step, cache, limits, **symbols)
+            return search.greedy(step, cache, limits, scores=self.scores, **symbols)
         return beam_search(step, cache, limits, beams=beams, n_best=c.n_best, alpha=c.length_penalty, **symbols)
 
     def _step(self, parameters: tuple[Any, ...], tokens_BW: jax.Array, caches: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ class Hypotheses(NamedTuple):
 
     tokens_BWT: jax.Array  # int32; the end symbol and what follows it are `eos`
     lengths_BW: jax.Array  # int32; tokens before the end symbol
-    log_probs_BW: jax.Array  # float32; log-probability of the tokens and the end symbol
+    log_probs_BW: jax.Array  # float32; log-probability of the tokens and the end symbol, or 0 where nobody wants it
     is_whole_B: jax.Array  # bool; False where the search was given up, and the rest means nothing
 
 
@@ -80,7 +80,14 @@ class _Walk:
 
 
 def greedy(
-    step_fn: StepFunction, cache: Cache, limits: Limits, *, bos: int, eos: int, banned: Sequence[int] = ()
+    step_fn: StepFunction,
+    cache: Cache,
+    limits: Limits,
+    *,
+    bos: int,
+    eos: int,
+    banned: Sequence[int] = (),
+    scores: bool = True,
 ) -> Hypotheses:
     """The likeliest token at each step, until the end symbol; the first of equals.
 
@@ -91,6 +98,8 @@ def greedy(
       bos: the token that every walk starts from.
       eos: id of the end symbol.
       banned: ids that are never generated, whatever their logits are.
+      scores: whether log-probabilities are wanted. Without them, the sums over the vocabulary are left out, and the
+        step that would only tell how likely the end is where it is forced.
     """
 
     def choose(
@@ -101,7 +110,7 @@ def greedy(
         ends_B1 = (end_B1 > best_B1) | ((end_B1 == best_B1) & (eos < tokens_B1))
         return jnp.where(ends_B1 & may_end_B[:, None], eos, tokens_B1)
 
-    return _walk(step_fn, cache, limits, choose, walks=1, bos=bos, eos=eos, banned=banned)
+    return _walk(step_fn, cache, limits, choose, walks=1, bos=bos, eos=eos, banned=banned, scores=scores)
 
 
 def sample(
@@ -144,7 +153,7 @@ def sample(
         noisy_BWV = truncated(logits_BWV / temperature, top_k, top_p) + noise_BWV
         return jnp.argmax(noisy_BWV, axis=-1).astype(jnp.int32)
 
-    found = _walk(step_fn, cache, limits, choose, walks=samples, bos=bos, eos=eos, banned=banned)
+    found = _walk(step_fn, cache, limits, choose, walks=samples, bos=bos, eos=eos, banned=banned, scores=True)
     order_BW = jnp.argsort(-found.log_probs_BW, axis=1)
     return found._replace(
         tokens_BWT=jnp.take_along_axis(found.tokens_BWT, order_BW[..., None], axis=1),
@@ -163,6 +172,7 @@ def _walk(
     bos: int,
     eos: int,
     banned: Sequence[int],
+    scores: bool,
 ) -> Hypotheses:
     """Walks until the end symbol, each going on with the token [B, W] that `choose` picks.
 
@@ -181,15 +191,19 @@ def _walk(
             forced_B1 = prefix_at(position, limits)[:, None]
             tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
         tokens_BW = jnp.where(position >= limits.most_B[:, None], eos, tokens_BW)
-        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
-        log_probs_BW = vocabulary.logits_of(logits_BWV, tokens_BW) - peak_BW - rest_BW
+        if scores:
+            peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
+            log_probs_BW = vocabulary.logits_of(logits_BWV, tokens_BW) - peak_BW - rest_BW
+        else:
+            log_probs_BW = jnp.where(jnp.isfinite(vocabulary.peak(logits_BWV, maxima_BWN)), 0.0, jnp.nan)
         # Not a number: the walk ends, rather than go on to its limit without knowing where.
         tokens_BW = jnp.where(state.finished_BW | jnp.isnan(log_probs_BW), eos, tokens_BW)
+        ends_BW = tokens_BW == eos if scores else (tokens_BW == eos) | (position + 1 >= limits.most_B)[:, None]
         return _Walk(
             position + 1,
             jax.lax.dynamic_update_index_in_dim(state.tokens_TBW, tokens_BW, position, axis=0),
             tokens_BW,
-            state.finished_BW | (tokens_BW == eos),
+            state.finished_BW | ends_BW,
             state.log_probs_BW + jnp.where(state.finished_BW, 0.0, log_probs_BW),
             inner,
         )

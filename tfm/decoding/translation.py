@@ -13,7 +13,8 @@ class Hypothesis:
     tokens: tuple[str, ...]
     """The pieces that the text is made of, as the tokenizer spells them, without the end symbol."""
     log_prob: float
-    """Log-probability of the tokens and the end symbol, in nats; of all parts together where the line was cut."""
+    """Log-probability of the tokens and the end symbol, in nats; of all parts together where the line was cut.
+    0 where greedy search was not asked for scores."""
     score: float
     """log_prob by the length penalty: what a beam search is for."""
 

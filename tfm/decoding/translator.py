@@ -63,11 +63,20 @@ class Translator:
       mesh: the devices to decode on.
       tokenizer: the one that the models were trained with.
       config: search and shapes.
+      scores: whether the scores of translations are wanted. Greedy search is quicker without; others need them.
     """
 
-    def __init__(self, models: Sequence[Transformer], mesh: Mesh, tokenizer: Tokenizer, config: DecodingConfig):
+    def __init__(
+        self,
+        models: Sequence[Transformer],
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        config: DecodingConfig,
+        *,
+        scores: bool = True,
+    ):
         self.tokenizer, self.config = tokenizer, config
-        self.decoder = Decoder(models, mesh, config, tokenizer.banned_ids)
+        self.decoder = Decoder(models, mesh, config, tokenizer.banned_ids, scores=scores)
         self.steps: tuple[int, ...] = ()
         """The checkpoints that the parameters are of, where they come from a run directory."""
         self.statistics = Statistics()
@@ -80,6 +89,7 @@ class Translator:
         checkpoint: str | int | None = None,
         ensemble: Sequence[str] = (),
         mesh: Mesh | None = None,
+        scores: bool = True,
     ) -> Translator:
         """The translator of a run directory.
 
@@ -89,6 +99,7 @@ class Translator:
           checkpoint: a step, last, best, last:N or best:N (the mean of N); `decoding.average`, or the best, when None.
           ensemble: further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, of the same tokenizer.
           mesh: the devices to decode on; all there are, with `mesh.tensor` of the config, when None.
+          scores: as for the constructor.
 
         Raises InputError where there is no usable run, or where one has another tokenizer.
         """
@@ -121,7 +132,7 @@ class Translator:
             models.append(model)
             parameters.append(restored.state)
             steps.extend(restored.steps)
-        translator = cls(models, mesh, tokenizer, config.decoding)
+        translator = cls(models, mesh, tokenizer, config.decoding, scores=scores)
         translator.set_parameters(*parameters)
         translator.steps = tuple(steps)
         return translator

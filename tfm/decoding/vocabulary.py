@@ -59,13 +59,17 @@ class Vocabulary:
             maxima_BWN = maxima_BWN.at[:, :, block].set(jnp.max(left_BWX, axis=-1))
         return maxima_BWN
 
+    def peak(self, logits_BWV: jax.Array, maxima_BWN: jax.Array) -> jax.Array:
+        """The largest logit [B, W] of what may be said; not a number if any of them is not."""
+        return jnp.maximum(jnp.max(maxima_BWN, axis=-1), self.logits_of_end(logits_BWV))
+
     def log_normaliser(self, logits_BWV: jax.Array, maxima_BWN: jax.Array) -> tuple[jax.Array, jax.Array]:
         """log sum exp of all that may be said, in two parts [B, W]: the largest logit, and the rest.
 
         A log-probability near 0 keeps its digits only if the first part is taken from the logit before the second is.
         """
         blocks_BWNX = _blocks(logits_BWV)
-        peak_BW = jnp.maximum(jnp.max(maxima_BWN, axis=-1), self.logits_of_end(logits_BWV))
+        peak_BW = self.peak(logits_BWV, maxima_BWN)
         sums_BWN = jnp.sum(jnp.exp(blocks_BWNX - peak_BW[..., None, None]), axis=-1)
         for block in self._mixed:
             said_BWX = jnp.where(

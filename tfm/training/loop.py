@@ -73,7 +73,7 @@ class Run:
         decoding = dataclasses.replace(
             config.decoding, beam_size=config.training.evaluate_beam_size, n_best=1, sampling=False
         )
-        self.translator = Translator([self.model], mesh, store.tokenizer, decoding)
+        self.translator = Translator([self.model], mesh, store.tokenizer, decoding, scores=False)
         self.checkpointer = stack.enter_context(
             Checkpointer(
                 run,
