@@ -326,6 +326,16 @@ def test_eight_devices_translate_as_one(tokenizer, parameters, translated):
     np.testing.assert_allclose([t.log_prob for t in found], [t.log_prob for t in translated], rtol=1e-4, atol=1e-4)
 
 
+def test_without_scores_greedy_search_gives_the_same_text(tokenizer, parameters, translated):
+    model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    quick = Translator([model], mesh, tokenizer, CONFIG, scores=False)
+    quick.set_parameters(parameters)
+    found = quick.translate(LINES)
+    assert [t.text for t in found] == [t.text for t in translated]
+    assert all(t.log_prob == t.score == 0 for t in found)
+
+
 def test_the_n_best_of_lines_and_of_their_parts(translator, tokenizer, parameters):
     model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
     config = dataclasses.replace(CONFIG, beam_size=3, n_best=3)
