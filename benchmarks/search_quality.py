@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=1000)
     parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--length_penalty", type=float, help="alpha; the run's own if unset")
+    parser.add_argument("--max_extra_tokens", type=int, help="beyond those of the source; the run's own if unset")
     parser.add_argument("--wide", type=int, default=64, help="beam that search errors are counted against; 0 is none")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--json", help="file for the results; - is standard output")
@@ -49,12 +50,13 @@ def main() -> None:
     content = gzip.decompress(content) if arguments.source.suffix == ".gz" else content
     lines = [to_text(line) for line in content.split(b"\n")[: arguments.lines]]
     config = RunDirectory.open(arguments.workdir).config
-    if arguments.length_penalty is not None:
-        decoding = dataclasses.replace(config.decoding, length_penalty=arguments.length_penalty)
-        config = dataclasses.replace(config, decoding=decoding)
+    given = {name: getattr(arguments, name) for name in ("length_penalty", "max_extra_tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **given))
     report = {
         "command": " ".join(sys.argv),
         "length_penalty": config.decoding.length_penalty,
+        "max_extra_tokens": config.decoding.max_extra_tokens,
         "lines": len(lines),
         "jax": jax.__version__,
         "beam": arguments.beam,
@@ -87,7 +89,20 @@ def translate(
 
 def errors(workdir: Path, config: Config, lines: list[str], beam: int, wide: int) -> dict:
     """Shares of lines whose objective is worse than another search's."""
-    found = {size: translate(workdir, config, lines, beam_size=size, n_best=1) for size in (1, beam, wide) if size}
+    least, budget = config.decoding.max_source_length, config.decoding.tokens_per_batch
+    found = {
+        # As many hypotheses a batch, however many a sentence has.
+        size: translate(
+            workdir,
+            config,
+            lines,
+            beam_size=size,
+            n_best=1,
+            tokens_per_batch=max(least, min(budget, budget * beam // size)),
+        )
+        for size in (1, beam, wide)
+        if size
+    }
     scores = {size: np.array([its.score for its in translations]) for size, translations in found.items()}
     result = {"no_worse_than_greedy": float(np.mean(scores[beam] >= scores[1] - 1e-5))}
     say(f"beam {beam} is no worse than greedy search for {result['no_worse_than_greedy']:.2%} of the lines")
