@@ -86,16 +86,38 @@ def test_groups_of_an_unknown_form_are_not_guessed():
         collectives_of(Program(text), 8)
 
 
-def test_one_that_stands_in_several_fusions_counts_once():
-    part = """%part{n} (p{n}: f32[8]) -> f32[64] {{
-  %p{n} = f32[8]{{0}} parameter(0)
-  ROOT %g{n} = f32[64]{{0}} all-gather(%p{n}), channel_id={channel}, replica_groups=[1,8]<=[8], dimensions={{0}}
+def test_one_that_goes_on_within_other_fusions_counts_where_it_starts():
+    """As a TPU's compiler writes it; what is gathered twice, as for the backward pass again, has the same channel."""
+    part = """%{name} (p.{name}: f32[8]) -> f32[64] {{
+  %p.{name} = f32[8]{{0}} parameter(0)
+  ROOT %g.{name} = f32[64]{{0}} all-gather(%p.{name}), channel_id=7, replica_groups=[1,8]<=[8], dimensions={{0}}
 }}
 """
-    calls = "".join(f"  %f{n} = f32[64]{{0}} fusion(%z), kind=kCustom, calls=%part{n}\n" for n in range(3))
-    text = "".join(part.format(n=n, channel=7 if n < 2 else 8) for n in range(3))
-    text += f"ENTRY %main (z: f32[8]) -> f32[8] {{\n  %z = f32[8]{{0}} parameter(0)\n{calls}}}\n"
+    calls = {
+        "async-collective-start.1": "fused_computation.1",
+        "fusion.1": "async_collective_fusion.1",
+        "fusion.2": "async_collective_fusion.2",
+        "async-collective-done.1": "fused_computation.2",
+        "async-collective-start.2": "fused_computation.3",
+        "async-collective-done.2": "fused_computation.4",
+    }
+    text = "".join(part.format(name=name) for name in calls.values())
+    lines = "".join(f"  %{caller} = f32[64]{{0}} fusion(%z), calls=%{name}\n" for caller, name in calls.items())
+    text += f"ENTRY %main (z: f32[8]) -> f32[8] {{\n  %z = f32[8]{{0}} parameter(0)\n{lines}}}\n"
     assert traffic(collectives_of(Program(text), 8)) == {"all-gather": Traffic(2, 512.0)}
+
+
+def test_fused_ones_count_each_even_on_a_channel_that_they_share():
+    part = """%all-reduce-scatter.{n} (p.{n}: f32[64]) -> f32[8] {{
+  %p.{n} = f32[64]{{0}} parameter(0)
+  %s.{n} = f32[64]{{0}} all-reduce(%p.{n}), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %d.{n} = f32[8]{{0}} slice(%s.{n}), slice={{[0:8]}}
+}}
+"""
+    calls = "".join(f"  %f{n} = f32[8]{{0}} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.{n}\n" for n in (1, 2))
+    text = "".join(part.format(n=n) for n in (1, 2))
+    text += f"ENTRY %main (z: f32[64]) -> f32[64] {{\n  %z = f32[64]{{0}} parameter(0)\n{calls}}}\n"
+    assert traffic(collectives_of(Program(text), 8)) == {"reduce-scatter": Traffic(2, 512.0)}
 
 
 def test_a_group_of_one_says_nothing():

@@ -10,6 +10,7 @@ from tfm import sharding
 from tfm.commands.options import load_config
 from tfm.config import MeshConfig
 from tfm.planning import compiled
+from tfm.planning.collectives import expected_traffic, traffic
 from tfm.planning.compiled import (
     abstract_batch,
     activation_bytes,
@@ -88,3 +89,22 @@ def test_the_step_for_a_tpu_has_no_large_logits_no_generator_and_gives_its_state
     shapes = [instruction.shape for _, instruction, _, fused in program.executed() if not fused]
     assert any("bf16" in shape and "384]" in shape for shape in shapes)  # logits, of a vocabulary of 300 padded
     assert not [shape for shape in shapes if re.search(rf"f32\[(8,{length}|{8 * length}),384\]", shape)]
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
+def test_weights_that_fsdp_splits_are_gathered_whole_for_a_tpu_not_passed_on_piece_by_piece(tiny_config):
+    """Else each product is a loop over as many pieces as there are chips, of which the plan counts one turn."""
+    sizes = {"data.source_row_length": 128, "data.target_row_length": 128, "training.target_tokens_per_batch": 2**16}
+    sizes |= {"model.d_model": 512, "model.d_ff": 2048, "data.vocab_size": 32_000, "mesh.data": 1, "mesh.fsdp": 16}
+    sizes |= {"model.encoder_layers": 2, "model.decoder_layers": 2}
+    config = tiny_config(sizes)
+    trainer = trainer_for(config, sharding.make_mesh(config.mesh, devices_of(topology_of("v5e:4x4"))))
+    counts = compiled.compile_train_step(trainer).counts
+    assert counts.unknown_loops == 0
+    parameters, where = trainer.abstract_state.parameters, trainer.state_shardings.parameters
+    found = traffic(counts.collectives)
+    expected = expected_traffic(trainer.mesh, parameters, where, 1, trainer.model.dtype)
+    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert found["all-gather"].bytes == pytest.approx(expected["all-gather"], rel=0.1)
+    summed = sum(found[kind].bytes for kind in set(found) - {"all-gather"})
+    assert summed == pytest.approx(expected["all-reduce"] + expected["reduce-scatter"], rel=0.1)

@@ -45,24 +45,19 @@ class Traffic:
 def collectives_of(program: Program, devices: int) -> list[Collective]:
     """The collectives among `devices` of a program, each once, with how often it is executed.
 
-    An asynchronous one counts where it starts. What a TPU fuses, an all-reduce of which each chip keeps a piece, is a
-    reduce-scatter; and one that goes on beside other work stands in several fusions, which share its channel, and
-    counts once. Groups of a single chip say nothing, and are left out.
+    An asynchronous one counts where it starts; on a TPU, it may then go on within fusions of other work. What a TPU
+    fuses, an all-reduce of which each chip keeps a piece, is a reduce-scatter. Groups of a single chip say nothing, and
+    are left out.
 
     Raises:
       ValueError: groups written in a form that isn't known.
     """
     found = []
-    fused_channels = set()
-    for computation, instruction, times, fused in program.executed():
+    continued = _continued(program)
+    for computation, instruction, times, _ in program.executed():
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in KINDS or computation.name in continued:
             continue
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        if fused and channel:
-            if channel[1] in fused_channels:
-                continue
-            fused_channels.add(channel[1])
         group = _group(kind, instruction.attributes, devices)
         if len(group) < 2:
             continue
@@ -75,6 +70,17 @@ def collectives_of(program: Program, devices: int) -> list[Collective]:
             kind = "reduce-scatter"
         found.append(Collective(kind, times, size, group))
     return found
+
+
+def _continued(program: Program) -> set[str]:
+    """Fusions that repeat a collective which an `async-collective-start` began: to work on beside it, or to end it."""
+    ends = {
+        program.fused(instruction).name
+        for computation in program.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode == "fusion" and instruction.name.startswith("async-collective-done")
+    }
+    return ends | {name for name in program.computations if name.startswith("async_collective_fusion")}
 
 
 def traffic(collectives: Sequence[Collective]) -> dict[str, Traffic]:

@@ -129,7 +129,7 @@ def _moved(part: int, *places: int) -> float:
 
 def _fusion_bytes(program: Program, fusion: Instruction, shapes: dict[str, str], size: Callable[[str], int]) -> float:
     """Of a fusion: what it takes of its operands, and what it writes."""
-    inner = _fused(program, fusion)
+    inner = program.fused(fusion)
     total = 0.0
     for position, name in enumerate(fusion.operands):
         if size(shapes[name]):
@@ -141,13 +141,6 @@ def _fusion_bytes(program: Program, fusion: Instruction, shapes: dict[str, str],
         if size(shape):
             total += _written(program, inner, result, shape)
     return total
-
-
-def _fused(program: Program, fusion: Instruction) -> Computation:
-    called = re.search(r"calls=%?([\w.\-]+)", fusion.attributes)
-    if called is None:
-        raise ValueError(f"{fusion.name}: a fusion that calls nothing")
-    return program.computations[called[1]]
 
 
 def _parameter(inner: Computation, position: int) -> Instruction:
@@ -168,7 +161,7 @@ def _read(program: Program, inner: Computation, source: Instruction) -> float:
         elif user.opcode == "bitcast":
             total += _read(program, inner, user)
         elif user.opcode == "fusion":
-            nested = _fused(program, user)
+            nested = program.fused(user)
             positions = [i for i, name in enumerate(user.operands) if name == source.name]
             total += sum(_read(program, nested, _parameter(nested, i)) for i in positions)
         else:
@@ -182,7 +175,7 @@ def _written(program: Program, inner: Computation, result: Instruction, shape: s
         if result.opcode == "bitcast":
             result = inner.instructions[result.operands[0]]
         else:
-            inner = _fused(program, result)
+            inner = program.fused(result)
             result = inner.root
     if result.opcode == "dynamic-update-slice":
         return float(shape_bytes(inner.instructions[result.operands[1]].shape))

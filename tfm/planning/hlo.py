@@ -85,6 +85,13 @@ class Program:
                         if called in self.computations:
                             waiting.append((called, inner, fused or instruction.opcode == "fusion"))
 
+    def fused(self, fusion: Instruction) -> Computation:
+        """The computation that a fusion is. Raises ValueError where it names none."""
+        called = re.search(r"calls=%?([\w.\-]+)", fusion.attributes)
+        if called is None:
+            raise ValueError(f"{fusion.name}: a fusion that calls nothing")
+        return self.computations[called[1]]
+
     @property
     def unknown_trips(self) -> int:
         """Loops that don't say how often they turn, of those `executed` came by; their bodies are counted once."""

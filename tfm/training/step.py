@@ -27,9 +27,17 @@ from tfm.training.optimizer import make_optimizer, make_schedule
 
 Metrics = dict[str, jax.Array]
 
-# XLA's own products against cuBLAS's, in the step of the big model on an H100: 1.035 times the time, and 1.7 times as
-# long to compile, since many tilings of each are tried.
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_COMPILER_OPTIONS = {
+    # XLA's own products against cuBLAS's, in the step of the big model on an H100: 1.035 times the time, and 1.7 times
+    # as long to compile, since many tilings of each are tried.
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    # With fsdp, a product with a gathered weight would be cut into as many small ones as there are chips, each of which
+    # waits for its piece: for base on 16 chips 1,300 messages, and 2.3 times the bytes accessed of gathering first.
+    "tpu": {
+        "xla_tpu_enable_windowed_einsum_for_all_gather": False,
+        "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
+    },
+}
 
 # Logits that one device holds at a time: what a CPU's cache keeps; on accelerators, a small share of their memory.
 LOGITS_PER_CHUNK = {"cpu": 2**22, "accelerator": 2**28}
