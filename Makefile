@@ -3,7 +3,8 @@
 #   make test      lint, then every test that takes seconds
 #   make test-slow the tests that take minutes
 #   make lint      ruff and the import contract
-#   make setup     the environment alone; PYTHON=python3.12 chooses the interpreter, EXTRAS=cuda (or tpu) the accelerator
+#   make setup     the environment alone; PYTHON=python3.12 chooses the interpreter, EXTRAS=cuda (or tpu) the accelerator;
+#                  VENV=.venv-3.12, with any target, is another environment beside the first
 
 PYTHON ?= python3
 EXTRAS ?=
@@ -11,21 +12,28 @@ VENV ?= .venv
 # Whole files, in the order that tests/conftest.py gives them: the longest first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
-STAMP = $(VENV)/.requirements-installed
+STAMP = $(VENV)/.requirements-installed$(addprefix -,$(EXTRAS))
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: interpreter setup demo test test-slow lint clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
 # The stamp is taken away first and set last: an installation that fails leaves none, and is begun again.
-$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml | interpreter
 	@rm -f $(STAMP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tfm needs Python 3.11 or later; this is %s: make setup PYTHON=python3.12" % sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $(STAMP)
+
+# An environment keeps the interpreter that it was made with, and one that is asked for must not be passed over.
+interpreter:
+ifneq ($(origin PYTHON),file)
+	@! test -x $(BIN)/python || test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || { \
+	  echo "$(VENV) was made with $$($(BIN)/python -V), not with $(PYTHON): add VENV=$(VENV)-$(notdir $(PYTHON))" >&2; exit 2; }
+endif
 
 demo: $(STAMP)
 	$(BIN)/python -m tfm demo --workdir=runs/demo

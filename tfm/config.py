@@ -297,8 +297,9 @@ class Config:
 
     def validate(self) -> Config:
         """Returns the config itself. Raises ConfigError naming the fields that cannot stand together."""
-        from tfm.config_checks import check_ranges, check_together
+        from tfm.config_checks import check_ranges, check_together, check_types
 
+        check_types(self)
         check_ranges(self)
         check_together(self)
         return self

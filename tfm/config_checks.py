@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args, get_type_hints
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tfm.config import Config, ConfigError, DecodingConfig
+
+
+def check_types(config: Config) -> None:
+    """Raises ConfigError at a value of another type than its field's: a config file in Python can hold anything."""
+    for section, kind in get_type_hints(type(config)).items():
+        values = getattr(config, section)
+        if not isinstance(values, kind):
+            raise ConfigError(f"{section} is a {type(values).__name__}: expected a tfm.config.{kind.__name__}")
+        for name, hint in get_type_hints(kind).items():
+            if not _fits(value := getattr(values, name), hint):
+                raise ConfigError(f"{section}.{name}={value!r}: expected {expected(hint)}")
 
 
 def check_ranges(config: Config) -> None:
@@ -24,6 +38,31 @@ def check_ranges(config: Config) -> None:
                 raise ConfigError(f"{name}={value}: must be at least {low}")
             if value is not None and below is not None and not value < below:
                 raise ConfigError(f"{name}={value}: must be below {below}")
+
+
+def expected(kind: Any) -> str:
+    """What a value of a type looks like, in words."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join("None" if part is type(None) else expected(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "one or more values"
+    words = {int: "one whole number", float: "one number", bool: "True or False", str: "one text", Path: "one path"}
+    return words.get(kind, kind.__name__)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a field of that type may have the value."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return True  # its choices are a range
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, get_args(kind)[0]) for part in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def check_together(config: Config) -> None:
@@ -79,6 +118,18 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"optimizer.weight_decay={optimizer.weight_decay} has no effect with optimizer.name=adam: use adamw"
         )
+    if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
+        raise ConfigError(
+            f"optimizer.decay_steps={optimizer.decay_steps} has no effect with optimizer.schedule="
+            f"{optimizer.schedule}: use wsd"
+        )
+    if optimizer.final_learning_rate and optimizer.schedule == "inverse_sqrt":
+        raise ConfigError(
+            f"optimizer.final_learning_rate={optimizer.final_learning_rate} has no effect with "
+            "optimizer.schedule=inverse_sqrt: use cosine or wsd"
+        )
+    if decoding.average is not None and not re.fullmatch(r"(last|best)(:[1-9][0-9]*)?", decoding.average):
+        raise ConfigError(f"decoding.average={decoding.average!r}: must be last:N or best:N, N a number from 1")
     if decoding.tokens_per_batch < decoding.max_source_length:
         raise ConfigError(
             f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "

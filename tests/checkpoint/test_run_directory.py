@@ -1,8 +1,10 @@
 """The run directory: whose it is, what may be changed in it, and the log cut for a resumed run."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -99,6 +101,12 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_what_a_killed_prepare_leaves_is_no_hindrance(tmp_path):
+    (tmp_path / "store.partial").mkdir()
+    RunDirectory.create(tmp_path, Config())
+    assert (tmp_path / "config.json").exists()
+
+
 def test_a_config_that_is_none_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"lr": 1}')
     with pytest.raises(ConfigError, match=r"config\.json"):
@@ -163,6 +171,20 @@ def test_the_log_is_cut_after_the_restored_step(tmp_path):
     assert truncate_metrics(log, 0) == 3 and log.read_bytes() == b""
     assert truncate_metrics(tmp_path / "none", 20) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_while_the_log_is_cut_leaves_it_whole(tmp_path, monkeypatch):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="no space left on the disk"):
+        truncate_metrics(log, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert log.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_line_that_is_no_event_is_removed_and_named(tmp_path, caplog):

@@ -107,10 +107,52 @@ def test_values_are_typed(argv, section, name, value):
         (["--config=/nowhere/base.py"], ["/nowhere/base.py", "no such file", "--config=base"]),
     ],
 )
-def test_a_mistake_is_answered_by_one_line(argv, parts):
+def test_a_mistake_is_answered_by_one_line(argv, parts, capfd):
     message = refusal(*argv)
+    assert capfd.readouterr() == ("", "")
     for part in parts:
         assert part in message
+
+
+def test_several_corpora_may_be_given_one_by_one():
+    corpora = ("text:A/{split}.{lang}", "text:B/{split}.{lang};weight=2")
+    together, one_by_one = ["--data.corpus", *corpora], [f"--data.corpus={corpus}" for corpus in corpora]
+    assert train(*together)[1].data.corpus == train(*one_by_one)[1].data.corpus == corpora
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("training=TrainingConfig(steps='100')", "training.steps='100': expected one whole number"),
+        ("training=TrainingConfig(steps=1e5)", "training.steps=100000.0: expected one whole number"),
+        ("training=TrainingConfig(steps=True)", "training.steps=True: expected one whole number"),
+        ("data=DataConfig(corpus='demo')", "data.corpus='demo': expected one or more values"),
+        ("model=ModelConfig(dropout_rate='0.1')", "model.dropout_rate='0.1': expected one number"),
+        ("model=ModelConfig(d_k='8')", "model.d_k='8': expected one whole number or None"),
+        ("mesh=None", "mesh is a NoneType: expected a tfm.config.MeshConfig"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_file_is_refused(tmp_path, section, said):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from tfm.config import *\ndef get_config():\n    return Config({section})\n")
+    with pytest.raises(InputError) as refused:
+        parse("train", [f"--config={path}"], Train)
+    assert str(refused.value) == f"{path}: {said}"
+
+
+def test_a_list_in_a_config_file_is_what_the_run_has_when_it_is_read_again(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from tfm.config import *\ndef get_config():\n    return Config(data=DataConfig(corpus=['demo']))\n"
+    )
+    _, config = parse("train", [f"--config={path}"], Train)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert parse("translate", [f"--workdir={tmp_path}"], Translate)[1] == config
+
+
+def test_a_path_may_begin_with_the_home_directory(run_directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(run_directory))
+    assert parse("translate", ["--workdir=~"], Translate)[0].workdir == run_directory
 
 
 def test_a_stray_argument_is_refused():

@@ -192,6 +192,12 @@ def test_prepare_says_what_it_found(reversal, tmp_path, capsys):
     assert (tmp_path / "run" / "store" / "manifest.json").is_file()
     assert main([*argv, "--data.vocab_size=290"]) == 2
     assert "vocab_size" in capsys.readouterr().err
+    (shard,) = (tmp_path / "run" / "store").glob("0-*.shard")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main([*argv, "--data.vocab_size=300"]) == 2
+    assert f"{shard.name}: its content is not what the manifest says" in capsys.readouterr().err
 
 
 def test_prepare_leaves_nothing_of_a_corpus_it_refuses(reversal, tmp_path, capsys):

@@ -242,12 +242,8 @@ def test_a_corpus_smaller_than_a_batch_repeats_and_warns(caplog):
     assert batches.epoch(1) > 1
 
 
-def test_padding_and_description():
+def test_description():
     batches = _train()
-    batch = batches.host_batch(2)
-    source, target = batches.padding(2)
-    assert source == pytest.approx((batch.source_segments == 0).mean())
-    assert target == pytest.approx((batch.target_segments == 0).mean())
     described = batches.describe()
     assert described["pairs_per_epoch"] == 250
     assert described["rows_per_batch"] == 8

@@ -39,6 +39,8 @@ def test_spec_is_taken_apart():
         ("demo;weight=two", "weight 'two'"),
         ("demo;tag=2de", "<2de>"),
         ("demo;tag=<2 de>", "<2 de>"),
+        ("demo;tag=<s>", "'<s>' is a piece of every tokenizer"),
+        ("demo;tag=<0x41>", "'<0x41>' is a piece of every tokenizer"),
         ("demo;wieght=2", "'wieght=2'"),
     ],
 )
@@ -115,9 +117,11 @@ def test_corpora_without_the_split_are_left_out(tmp_path):
     pattern = f"text:{tmp_path}/{{split}}.{{lang}}"
     (tmp_path / "fixed.tsv").write_bytes(b"one\teins\n")
     corpora = open_corpora(DataConfig(corpus=(pattern, f"text:{tmp_path}/fixed.tsv")))
-    assert corpora_with(corpora, "dev") == corpora[:1]
-    with pytest.raises(InputError, match="no corpus has the split 'validation'"):
-        corpora_with(corpora, "validation")
+    assert corpora_with(corpora, "dev", "data.validation_split") == corpora[:1]
+    with pytest.raises(InputError, match=r"no corpus has the split 'other' .*set data.test_split to") as refusal:
+        corpora_with(corpora, "other", "data.test_split")
+    assert str(tmp_path / "other.en") in str(refusal.value)
+    assert "fixed.tsv has no {split} in it" in str(refusal.value)
 
 
 def findings(pairs: list[tuple[bytes, bytes]], chunk: int, **fields) -> SplitReport:

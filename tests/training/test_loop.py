@@ -227,6 +227,29 @@ def test_another_tokenizer_than_that_of_the_run_started_from_is_refused(finished
         train(config, tmp_path / "other")
 
 
+def test_a_tokenizer_that_was_brought_along_may_be_moved_once_the_run_has_it(finished, tiny_config, tmp_path):
+    brought = Path(shutil.copy(finished / "tokenizer.model", tmp_path / "brought.model"))
+    config = tiny_config({"data.tokenizer": str(brought)})
+    with ExitStack() as stack:
+        started(config, tmp_path / "run", stack)
+    brought.unlink()
+    with ExitStack() as stack:
+        run = started(config, tmp_path / "run", stack)
+        assert run.run.tokenizer_path.read_bytes() == (finished / "tokenizer.model").read_bytes()
+
+
+def test_an_evaluation_that_is_not_finite_is_saved_and_is_not_the_best(
+    finished, tmp_path, quiet_evaluation, monkeypatch
+):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    with ExitStack() as stack:
+        run = Run(RunDirectory.open(workdir).config, RunDirectory.open(workdir), stack)
+        step = int(run.state.step) + 1
+        run._save(step, {"loss": float("nan"), "perplexity": float("inf"), "bleu": 0.0, "chrf": 0.0})
+        run.checkpointer.wait()
+        assert run.checkpointer.steps()[-1] == step
+
+
 def test_a_log_that_is_gone_is_begun_anew(finished, tmp_path):
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))
     (workdir / "metrics.jsonl").unlink()

@@ -91,7 +91,7 @@ def test_a_line_that_is_no_event_is_named(tmp_path, line):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_tensorboard_has_every_number_and_drops_what_a_resume_repeats(tmp_path):
+def test_tensorboard_has_every_number_and_drops_what_a_resume_repeats(tmp_path, monkeypatch):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     def read(path: Path) -> list[Event]:
@@ -109,13 +109,16 @@ def test_tensorboard_has_every_number_and_drops_what_a_resume_repeats(tmp_path):
     values = {v.tag: v.simple_value for event in read(first) for v in event.summary.value}
     assert values["train/learning_rate"] == pytest.approx(1e-3)
     assert values["validation/bleu"] == 31.0
-    assert all(event.session_log.status != SessionLog.START for event in read(first))
 
-    with MetricsWriter(tmp_path, total_steps=30, first_step=10) as writer:
-        writer.write(training_event(20))
-    (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
-    starts = [event.step for event in read(second) if event.session_log.status == SessionLog.START]
-    assert starts == [11]
+    # Resumed, and begun anew after a kill that left no checkpoint: what was logged from there on is void.
+    for step in (10, 0):
+        before = set((tmp_path / "tensorboard").iterdir())
+        monkeypatch.setattr(os, "getpid", lambda step=step: 10**6 + step)  # each start is another process
+        with MetricsWriter(tmp_path, total_steps=30, first_step=step) as writer:
+            writer.write(training_event(step + 10))
+        (new,) = set((tmp_path / "tensorboard").iterdir()) - before
+        starts = [event.step for event in read(new) if event.session_log.status == SessionLog.START]
+        assert starts == [step + 1]
 
 
 def test_the_picture_is_a_png_and_no_unfinished_one_is_left(tmp_path):

@@ -40,8 +40,9 @@ MAY_CHANGE = {
     "training.max_skipped_steps",
 }
 _SECTIONS_THAT_MAY_CHANGE = ("mesh.", "decoding.", "hosts.")
-# What stands in a run directory before its config.json does: `prepare` and a shell's redirection write these.
-_HARMLESS = ("store", "tokenizer.model", "lost+found")
+# What stands in a run directory before its config.json does: `prepare`, also one that was killed, a `train` that was
+# killed at its start, and a shell's redirection write these.
+_HARMLESS = ("store", "store.partial", "tokenizer.model", "lost+found")
 _HARMLESS_ENDINGS = (".log", ".out", ".err", ".txt", ".sh")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -190,7 +191,7 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
 
     A last line without its end, which a kill leaves, goes too, and so does a line that is not JSON (with a warning).
     Lines without a step stay. Returns the number of lines cut; the file is replaced in one move, or left as it is.
-    Raises InputError when the file is a link.
+    Raises InputError when the file is a link, or when the shorter log has no room on the disk.
     """
     path = as_path(path)
     refuse_link(path)
@@ -209,7 +210,10 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
             kept.append(line + b"\n")
     cut = len(lines) - len(kept) + bool(torn)
     if cut:
-        write_atomically(path, b"".join(kept))
+        try:
+            write_atomically(path, b"".join(kept))
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
     return cut
 
 

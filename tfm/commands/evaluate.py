@@ -100,7 +100,7 @@ def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:
         where = str(arguments.source)
     else:
         where = f"data.test_split={config.data.test_split}"
-        corpora = corpora_with(open_corpora(config.data), config.data.test_split)
+        corpora = corpora_with(open_corpora(config.data), config.data.test_split, "data.test_split")
         raw = [
             (f"{corpus.spec.tag} ".encode() + source if corpus.spec.tag else source, target)
             for corpus in corpora

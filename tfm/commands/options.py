@@ -7,19 +7,21 @@ here, so that a mistake is answered by one line rather than by a box.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import traceback
-import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tfm import config as tfm_config
 from tfm.checkpoint.run_directory import as_path
 from tfm.config import Config, ConfigError, InputError
+from tfm.config_checks import check_types, expected
 
 Arguments = TypeVar("Arguments")
 
@@ -54,7 +56,7 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
 
     types_by_name = _option_types(arguments)
     given, wants_help = _read(command, argv, types_by_name)
-    given = _together(given, arguments)
+    given = _together(given, types_by_name)
     base = _base_config(command, arguments, {option.name: option.values for option in given}, wants_help)
     if not wants_help:
         _refuse_missing(command, arguments, given)
@@ -67,20 +69,32 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
         frozen=True,
     )
     try:
-        options = tyro.cli(
+        options = _parsed(
             combined,
             prog=f"tfm {command}",
             description=inspect.getdoc(arguments),
             args=["--help"] if wants_help else [token for option in given for token in _tokens(option)],
-            use_underscores=True,
             console_outputs=wants_help,
-            config=(tyro.conf.FlagConversionOff,),
         )
     except SystemExit as stop:
         if wants_help:
             raise
         raise InputError(_explain(command, given, types_by_name)) from stop
-    return options.own, options.run.validate()
+    # A shell expands ~ at the beginning of a word alone, and not in --workdir=~/runs/mine.
+    paths = {name: value.expanduser() for name, value in vars(options.own).items() if isinstance(value, Path)}
+    return dataclasses.replace(options.own, **paths), options.run.validate()
+
+
+def _parsed(form: type, *, console_outputs: bool, **settings: Any) -> Any:
+    """What tyro makes of a command line. It has boxes for some mistakes even when told to print nothing."""
+    import tyro
+
+    with contextlib.ExitStack() as silence:
+        if not console_outputs:
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        conversion = (tyro.conf.FlagConversionOff,)
+        return tyro.cli(form, use_underscores=True, console_outputs=console_outputs, config=conversion, **settings)
 
 
 def load_config(name: str) -> Config:
@@ -96,6 +110,10 @@ def load_config(name: str) -> Config:
         if "get_config" not in namespace:
             raise InputError(f"{path}: defines no get_config(), which has to return a tfm.config.Config")
         config = namespace["get_config"]()
+        if not isinstance(config, Config):
+            raise InputError(f"{path}: get_config() returned {type(config).__name__}, not a tfm.config.Config")
+        check_types(config := _with_tuples(config))
+        return config
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except SyntaxError as error:
@@ -107,9 +125,18 @@ def load_config(name: str) -> Config:
     except Exception as error:
         message = " ".join(str(error).split())
         raise InputError(f"{_place(error, path)}: {type(error).__name__}: {message}") from error
-    if not isinstance(config, Config):
-        raise InputError(f"{path}: get_config() returned {type(config).__name__}, not a tfm.config.Config")
-    return config
+
+
+def _with_tuples(config: Config) -> Config:
+    """The config with tuples for lists, as the run's own config.json is read."""
+
+    def changed(values: Any) -> Any:
+        if not dataclasses.is_dataclass(values) or isinstance(values, type):
+            return values
+        lists = {name: tuple(value) for name, value in vars(values).items() if isinstance(value, list)}
+        return dataclasses.replace(values, **lists)
+
+    return dataclasses.replace(config, **{section: changed(values) for section, values in vars(config).items()})
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -206,20 +233,20 @@ def _read(command: str, argv: Sequence[str], kinds: dict[str, Any]) -> tuple[lis
 def _checked(option: _Given, kind: Any) -> _Given:
     """The option with its switch spelt out: `--json-lines` alone is True. Raises InputError at an empty value."""
     if "" in option.values:
-        raise InputError(f"--{option.name} is empty: expected {_expected(kind)}")
+        raise InputError(f"--{option.name} is empty: expected {expected(kind)}")
     if kind is bool:
         values = option.values or ("True",)
         return dataclasses.replace(option, values=tuple({"true": "True", "false": "False"}.get(v, v) for v in values))
     if not option.values:
-        raise InputError(f"--{option.name} has no value: expected {_expected(kind)}")
+        raise InputError(f"--{option.name} has no value: expected {expected(kind)}")
     if float in (kind, *get_args(kind)) and any(_is_not_finite(value) for value in option.values):
-        raise InputError(f"{option}: expected {_expected(kind)}, and a finite one")
+        raise InputError(f"{option}: expected {expected(kind)}, and a finite one")
     return option
 
 
-def _together(given: Sequence[_Given], arguments: type) -> list[_Given]:
-    """Each of the command's own options that take several values once, with all that it was given: `--a=1 --a=2`."""
-    several = {name for name, kind in get_type_hints(arguments).items() if get_origin(kind) is tuple}
+def _together(given: Sequence[_Given], kinds: dict[str, Any]) -> list[_Given]:
+    """Each option that takes several values once, with all that it was given: `--a=1 --a=2` is `--a 1 2`."""
+    several = {name for name, kind in kinds.items() if get_origin(kind) is tuple}
     joined: dict[str, _Given] = {}
     rest = []
     for option in given:
@@ -251,37 +278,18 @@ def _refuse_missing(command: str, arguments: type, given: Sequence[_Given]) -> N
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in names:
             kind = get_type_hints(arguments)[field.name]
-            raise InputError(f"--{field.name} is missing: expected {_expected(kind)}; see tfm {command} --help")
+            raise InputError(f"--{field.name} is missing: expected {expected(kind)}; see tfm {command} --help")
 
 
 def _explain(command: str, given: Sequence[_Given], kinds: dict[str, Any]) -> str:
     """One line for what tyro refused: the first option that it refuses by itself."""
-    import tyro
-
     for option in given:
         alone = dataclasses.make_dataclass("Alone", [("value", kinds[option.name])])
         try:
-            tyro.cli(
-                alone,
-                args=list(_tokens(dataclasses.replace(option, name="value"))),
-                console_outputs=False,
-                config=(tyro.conf.FlagConversionOff,),
-            )
+            _parsed(alone, args=list(_tokens(dataclasses.replace(option, name="value"))), console_outputs=False)
         except SystemExit:
-            return f"{option}: expected {_expected(kinds[option.name])}"
+            return f"{option}: expected {expected(kinds[option.name])}"
     return f"{' '.join(map(str, given))}: these options cannot stand together; see tfm {command} --help"
-
-
-def _expected(kind: Any) -> str:
-    """What a value of a type looks like, in words."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join("None" if part is type(None) else _expected(part) for part in get_args(kind))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "one or more values"
-    words = {int: "one whole number", float: "one number", bool: "True or False", str: "one text", Path: "one path"}
-    return words.get(kind, kind.__name__)
 
 
 def _near(name: str, known: dict[str, Any], prefix: str = "") -> str:

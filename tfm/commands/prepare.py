@@ -1,4 +1,6 @@
-"""Check the corpus, train the tokenizer and store the token ids; `train` does it too when it has not been done."""
+"""Check the corpus, train the tokenizer and store the token ids; `train` does it too when it has not been done.
+
+Where a store is there already, its content is compared with the hashes that were taken when it was written."""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def main(argv: list[str]) -> int:
 
     initial = config.training.initialize_from
     tokenizer = None if initial is None else RunDirectory.open(initial).tokenizer_path
-    store = prepare(config, store_directory(config, arguments.workdir), tokenizer)
+    store = prepare(config, store_directory(config, RunDirectory(arguments.workdir).path), tokenizer)
+    store.verify()  # whether it was just written or had been there: a disk may have changed it since
     print(store.report)
     print(f"token store: {store.directory}, {store.tokenizer.vocab_size} pieces, corpus hash {store.corpus_hash[:16]}")
     return 0

@@ -121,15 +121,6 @@ class _Batches:
 
         return Batch(*map(whole, local))
 
-    def padding(self, k: int) -> tuple[float, float]:
-        """Share of the source and of the target tokens of the whole batch k that are padding, 0 to 1."""
-        rows = self._rows(k).take(np.arange(self.rows_per_batch))
-        source, target = pair_lengths(self.tables, rows.tables, rows.pairs)
-        return (
-            1 - int(source.sum()) / (self.rows_per_batch * self.source_length),
-            1 - int(target.sum()) / (self.rows_per_batch * self.target_length),
-        )
-
     def read_ahead(
         self, start: int, stop: int, sharding: jax.sharding.Sharding | None = None
     ) -> Iterator[tuple[int, Batch]]:

@@ -25,6 +25,7 @@ from tfm.config import DataConfig, InputError
 BOM = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
 _TAG = re.compile(r"<[^\s<>]+>")
+_RESERVED_TAG = re.compile(r"<(pad|s|/s|unk|0x[0-9A-Fa-f]{2})>")
 _FORMS = "text:PATTERN with {split} and {lang}, tfds:NAME/CONFIG or demo, each with ;weight=W and ;tag=<TAG> if wanted"
 # Whatever any reader of lines might take for the end of one, and the tab that would end a column.
 _BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
@@ -69,6 +70,8 @@ def parse_spec(text: str) -> CorpusSpec:
         elif name == "tag":
             if not _TAG.fullmatch(value):
                 raise InputError(f"data.corpus={text!r}: tag {value!r} must stand in angle brackets, such as <2de>")
+            if _RESERVED_TAG.fullmatch(value):
+                raise InputError(f"data.corpus={text!r}: tag {value!r} is a piece of every tokenizer; take another")
             tag = value
         else:
             raise InputError(f"data.corpus={text!r}: unknown option {option!r}; write ;weight=W or ;tag=<TAG>")
@@ -126,6 +129,8 @@ class TextCorpus(Corpus):
         ]
 
     def where(self, split: str) -> str:
+        if "{split}" not in self.spec.location:
+            return f"{self.spec.location} has no {{split}} in it, and is for training alone"
         return " and ".join(str(path) for path in self.paths(split))
 
     def has_split(self, split: str) -> bool:
@@ -220,12 +225,12 @@ def open_corpora(data: DataConfig) -> list[Corpus]:
     return corpora
 
 
-def corpora_with(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
-    """The corpora that have the split. Raises InputError where none has."""
+def corpora_with(corpora: Sequence[Corpus], split: str, field: str) -> list[Corpus]:
+    """The corpora that have the split, which `field` of the config names. Raises InputError where none has."""
     found = [corpus for corpus in corpora if corpus.has_split(split)]
     if not found:
         raise InputError(
             f"no corpus has the split {split!r} ({'; '.join(corpus.where(split) for corpus in corpora)}): "
-            "set data.validation_split to one that there is, or add it"
+            f"set {field} to one that there is, or add it"
         )
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import hashlib
 import json
 import mmap
@@ -121,20 +120,6 @@ class PairTable:
             here = order[bounds[number] : bounds[number + 1]]
             out[here] = shard.lengths[side][indices[here] - self._starts[number]]
         return out
-
-    @functools.cached_property
-    def source_lengths(self) -> Ints:
-        """All source lengths [pairs]; one shard is given as it lies on disk, several are copied together."""
-        return self._all_lengths("source")
-
-    @functools.cached_property
-    def target_lengths(self) -> Ints:
-        """All target lengths [pairs]."""
-        return self._all_lengths("target")
-
-    def _all_lengths(self, side: Side) -> Ints:
-        parts = [shard.lengths[side] for shard in self._shards]
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.uint16)])
 
 
 class StoreWriter:

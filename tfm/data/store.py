@@ -136,7 +136,7 @@ def _is_remote(path: epath.Path) -> bool:
 def _cache_of(root: epath.Path, cache_dir: str | os.PathLike[str] | None) -> Path:
     if cache_dir is None:
         raise InputError(f"{root}: is not on a local disk; set data.cache_dir to a directory that can hold a copy")
-    return Path(cache_dir)
+    return Path(cache_dir).expanduser()
 
 
 def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_dir: Path) -> Path:
@@ -170,7 +170,7 @@ def file_sha256(path: Path) -> str:
 
 def store_directory(config: Config, workdir: str | os.PathLike[str]) -> str:
     """Where the run's token store is: data.store, or WORKDIR/store."""
-    return config.data.store or os.path.join(workdir, "store")
+    return os.path.expanduser(config.data.store or os.path.join(workdir, "store"))
 
 
 def prepare(

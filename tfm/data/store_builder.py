@@ -29,7 +29,8 @@ def build_store(
     """Writes the whole store into the empty `directory`."""
     data = config.data
     parts = [(corpus, data.train_split) for corpus in corpora]
-    parts += [(corpus, data.validation_split) for corpus in corpora_with(corpora, data.validation_split)]
+    validating = corpora_with(corpora, data.validation_split, "data.validation_split")
+    parts += [(corpus, data.validation_split) for corpus in validating]
     sample = SentenceSample(data.tokenizer_sample)
     scanned = [_scan(corpus, split, config, sample if split == data.train_split else None) for corpus, split in parts]
     tags = [corpus.spec.tag for corpus in corpora if corpus.spec.tag]

@@ -24,6 +24,7 @@ from etils import epath
 
 from tfm.config import InputError
 from tfm.data.corpus import single_line
+from tfm.data.permutation import hash64
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 _SPECIAL = {"pad_id": PAD, "eos_id": EOS, "bos_id": BOS, "unk_id": UNK}
@@ -133,7 +134,7 @@ class Tokenizer:
     def tag_id(self, tag: str) -> int:
         """Id of a source tag such as <2de>. Raises InputError where the tokenizer doesn't know it."""
         token = self._processor.piece_to_id(tag)
-        if token == UNK:
+        if token <= UNK:
             raise InputError(
                 f"tag {tag!r} is not in the tokenizer of {self.vocab_size} pieces: leave data.tokenizer out so that "
                 "one is trained with it, or take the tag out of data.corpus"
@@ -186,12 +187,8 @@ class SentenceSample:
 
 
 def _uniform(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """A hash of each position as a number in (0, 1]: the finaliser of splitmix64 (Steele et al., 2014)."""
-    z = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(11)).astype(np.float64) + 1) / (1 << 53)
+    """A hash of each position as a number in (0, 1]."""
+    return ((hash64(positions + 1, key=0) >> np.uint64(11)).astype(np.float64) + 1) / (1 << 53)
 
 
 def train_tokenizer(

@@ -25,7 +25,7 @@ from tfm.data.store import TokenStore, open_store, prepare, store_directory
 from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
-from tfm.training.metrics import MetricsWriter, read_events
+from tfm.training.metrics import MetricsWriter, finite, read_events
 from tfm.training.signals import StopRequest, stop_signals
 from tfm.training.step import Trainer, TrainState, training_model
 
@@ -173,7 +173,7 @@ class Run:
 
     def _save(self, step: int, scores: Scores | None) -> None:
         plan = self.batches.plan
-        metadata = {"plan": self.batches.plan_identity, "rows_of_windows": plan.counts(), "scores": scores}
+        metadata = {"plan": self.batches.plan_identity, "rows_of_windows": plan.counts(), "scores": finite(scores)}
         metric = None if scores is None else scores[self.config.training.best_metric]
         if self.writer is not None:
             self.writer.publish()  # before the checkpoint that a resumed run's log is cut to
@@ -304,9 +304,11 @@ def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None
 
 def _prepared(config: Config, run: RunDirectory, initial: RunDirectory | None) -> TokenStore:
     """The token store, built if it is not there, and the run's own copy of its tokenizer."""
-    tokenizer = None
-    if config.training.initialize_from is not None:
-        tokenizer = run.tokenizer_path if initial is None else initial.tokenizer_path
+    tokenizer = None if initial is None else initial.tokenizer_path
+    # A tokenizer that was brought along is the run's own from then on: it may be moved where it came from.
+    brought = config.training.initialize_from is not None or config.data.tokenizer is not None
+    if tokenizer is None and brought and run.tokenizer_path.exists():
+        tokenizer = run.tokenizer_path
     directory = store_directory(config, run.path)
 
     def prepared() -> TokenStore:

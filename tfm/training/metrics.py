@@ -167,9 +167,9 @@ class _TensorBoard:
         directory.mkdir(exist_ok=True)
         # Two starts within a second would otherwise share a name, and the second would empty the first one's file.
         self._file = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{first_step}")
-        if first_step:  # what stands in older files after the step that was resumed from is void
-            start = SessionLog(status=SessionLog.START)
-            self._file.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+        # What stands in older files after the step that was resumed from is void.
+        start = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
         self._flushed = 0.0
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
