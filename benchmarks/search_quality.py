@@ -137,10 +137,9 @@ def independence(workdir: Path, config: Config, lines: list[str], beam: int, dty
         f"in another order {many}": [back_on_many[order.index(i)] for i in range(len(lines))],
         f"among other lines {many}": translate(workdir, config, mates, DEVICES, **settings)[::2],
     }
-    longest = config.decoding.max_source_length
     for sentences in (1, 7, 64):
         runs[f"with a budget of {sentences} sentences"] = translate(
-            workdir, config, lines, **settings, tokens_per_batch=sentences * longest
+            workdir, config, lines, **settings, sentences_per_batch=sentences
         )
     result = {}
     for name, found in runs.items():

@@ -44,7 +44,7 @@ AT_LEAST_ONE = names("""
 NOT_NEGATIVE = names("""
     optimizer.learning_rate optimizer.weight_decay optimizer.clip_norm data.segmentation_alpha
     training.keep_best training.early_stopping training.seed decoding.length_penalty decoding.max_extra_tokens
-    decoding.min_length decoding.sampling_top_k decoding.sampling_seed
+    decoding.min_length decoding.sampling_top_k decoding.sampling_seed decoding.sentences_per_batch
     hosts.index hosts.compile_timeout hosts.step_timeout hosts.evaluation_timeout hosts.save_timeout
 """)
 SHARES = names("""
@@ -156,7 +156,11 @@ def test_every_field_has_a_rule_or_needs_none():
         (dict(decoding__n_best=5), ["decoding.n_best=5", "decoding.beam_size=4", "decoding.sampling=True"]),
         (dict(decoding__sampling_top_k=5), ["decoding.sampling_top_k=5", "without decoding.sampling=True"]),
         (dict(decoding__sampling_seed=1), ["decoding.sampling_seed=1", "without decoding.sampling=True"]),
-        (dict(decoding__sampling=True, decoding__sampling_temperature=0.0), ["sampling_temperature=0", "above 0"]),
+        (
+            dict(decoding__sampling=True, decoding__sampling_temperature=0.0),
+            ["sampling_temperature=0", "at least 1e-06"],
+        ),
+        (dict(decoding__sampling=True, decoding__sampling_seed=2**32), ["sampling_seed=4294967296", "below 2**32"]),
         (dict(decoding__sampling=True, decoding__sampling_top_p=0.0), ["sampling_top_p=0.0", "above 0"]),
         (dict(decoding__sampling=True, decoding__sampling_top_p=1.5), ["sampling_top_p=1.5", "at most 1"]),
         (dict(mesh__fsdp=-1), ["mesh.data and mesh.fsdp are both -1"]),

@@ -148,6 +148,16 @@ def test_fsdp_never_crosses_slices():
     assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices[:, :, 0])
 
 
+def test_decoding_takes_all_slices_and_splits_no_model_over_two(caplog):
+    devices = [chip for index in range(2) for chip in chips("TPU v5 lite", (4, 4), index)]
+    mesh = sharding.decoding_mesh(2, devices)
+    assert mesh.devices.shape == (16, 1, 2)
+    assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices[:, 0])
+    assert not caplog.messages
+    assert sharding.decoding_mesh(32, devices).devices.shape == (32, 1, 1)
+    assert caplog.messages == ["mesh.tensor=32: decodes with 1, since there are 32 devices in 2 slices"]
+
+
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((3, 5))
     assert sharding.constrain(x, "activation_batch", "activation_embed") is x

@@ -65,9 +65,10 @@ class ModelConfig:
     """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
     attention: Literal["auto", "plain"] = "auto"
     """How attention is computed in training; auto is one fused kernel where there is one that can take the sizes: on
-    TPUs of tfm's own (bfloat16, rows of 128 to 512 tokens in steps of 128, no attention dropout), on NVIDIA's GPUs from
-    Ampere on cuDNN's (bfloat16, rows of an even length, d_k and d_v the same, up to 128 in steps of 8, no attention
-    dropout, not with training.deterministic). Plain, and elsewhere, it is what XLA makes of the formula."""
+    TPUs of tfm's own (bfloat16, rows of 128 to 512 tokens in steps of 128, d_k and d_v the same, a divisor or a
+    multiple of 128, no attention dropout), on NVIDIA's GPUs from Ampere on cuDNN's (bfloat16, rows of an even length,
+    d_k and d_v the same, up to 128 in steps of 8, no attention dropout, not with training.deterministic). Plain, and
+    elsewhere, it is what XLA makes of the formula."""
 
     @property
     def key_width(self) -> int:
@@ -273,6 +274,8 @@ class DecodingConfig:
     """Source tokens, end included, in one compiled program; a longer line is cut into pieces and joined again."""
     tokens_per_batch: int = _at_least(1, 8192)
     """Source tokens, padding included, in one decoded batch."""
+    sentences_per_batch: int = _at_least(0, 0)
+    """Sentences that a batch has at most, or one for each device; 0 is as many as `tokens_per_batch` has room for."""
     average: str | None = None
     """Checkpoints whose parameters are averaged: last:N or best:N; the best one alone when unset."""
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tfm.config import Config, ConfigError, DecodingConfig
 
+_LEAST_TEMPERATURE = 1e-6  # logits divided by less may no longer be float32 numbers
+
 
 def check_types(config: Config) -> None:
     """Raises ConfigError at a value of another type than its field's: a config file in Python can hold anything."""
@@ -146,8 +148,13 @@ def check_together(config: Config) -> None:
 
 
 def _check_decoding(decoding: DecodingConfig) -> None:
-    if decoding.sampling_temperature == 0:
-        raise ConfigError("decoding.sampling_temperature=0.0: must be above 0; greedy search is decoding.beam_size=1")
+    if decoding.sampling_temperature < _LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"decoding.sampling_temperature={decoding.sampling_temperature}: must be at least {_LEAST_TEMPERATURE}; "
+            "greedy search is decoding.beam_size=1"
+        )
+    if decoding.sampling_seed >= 2**32:
+        raise ConfigError(f"decoding.sampling_seed={decoding.sampling_seed}: must be below 2**32")
     if not 0 < decoding.sampling_top_p <= 1:
         raise ConfigError(f"decoding.sampling_top_p={decoding.sampling_top_p}: must be above 0, and at most 1")
     if decoding.sampling:

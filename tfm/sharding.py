@@ -80,8 +80,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     if devices[0].platform == "cpu":  # topology-aware placement has nothing to know about simulated devices
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=auto)
-    there = len({getattr(device, "slice_index", 0) for device in devices})
-    if there != config.slices:
+    if (there := _slices(devices)) != config.slices:
         raise ConfigError(f"mesh.slices={config.slices}: the devices are in {there} slices: set it to that")
     within, across = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1)
     try:  # an axis of the mesh may have a part of one of the grid's, as `jax.make_mesh` allows on v5e alone
@@ -94,17 +93,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(placed, AXES, axis_types=auto)
 
 
+def _slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform != "cpu"}) or 1
+
+
 def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of devices, or all, for decoding: the batch over `data`, and `tensor` as given where they allow it, or 1.
 
     For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
     """
     keep_freed_memory()
-    count = jax.device_count() if devices is None else len(devices)
-    if tensor < 1 or count % tensor:
-        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices", tensor, count)
+    devices = jax.devices() if devices is None else devices
+    count, slices = len(devices), _slices(devices)
+    if tensor < 1 or count // slices % tensor:
+        each = "" if slices == 1 else f" in {slices} slices"
+        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices%s", tensor, count, each)
         tensor = 1
-    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor, slices=slices), devices)
 
 
 def first_devices(count: int | None) -> list[Any]:

@@ -26,6 +26,11 @@ PROGRAM = """
             "decoder/cross_attention",
         ),
         (
+            "jit(_train_step)/jvp(Transformer)/Transformer.decode/decoder/while/body/eval_jaxpr/layers.apply_layer/layers/"
+            "layers.residual/cross_attention/div",  # since JAX 0.11
+            "decoder/cross_attention",
+        ),
+        (
             f"jit(_train_step)/transpose(jvp(Transformer))/Transformer.encode/encoder/{LAYER}/feed_forward/inner/mul",
             "encoder/feed_forward, backward",
         ),

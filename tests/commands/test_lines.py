@@ -3,13 +3,24 @@
 import io
 import json
 import os
+import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from tfm.commands.lines import Output, check_writable, json_line, opened, raw_lines, text_lines
+from tfm.commands.lines import (
+    STANDARD_OUTPUT,
+    Output,
+    check_writable,
+    json_line,
+    opened,
+    raw_lines,
+    text_lines,
+    write_text,
+)
 from tfm.config import InputError
 
 
@@ -19,6 +30,19 @@ def test_lines_end_at_a_newline_and_nowhere_else():
     assert list(text_lines(raw_lines(io.BytesIO(content)))) == expected
     assert list(text_lines(raw_lines(Drip(content)))) == expected
     assert list(raw_lines(io.BytesIO(b""))) == [] and list(raw_lines(io.BytesIO(b"\n\n"))) == [b"", b""]
+
+
+@pytest.mark.parametrize("block", [3, 1 << 16])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(block):
+    content = b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n"
+    file = Drip(content) if block == 3 else io.BytesIO(content)
+    assert list(raw_lines(file)) == [b"a", b"\xef\xbb\xbfb"]
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_named():
+    file = open("/proc/self/mem", "rb", buffering=0)  # noqa: SIM115 - nothing is at its address 0
+    with file, pytest.raises(InputError, match=r"/proc/self/mem: cannot be read: Input/output error"):
+        list(raw_lines(file))
 
 
 class Drip(io.BytesIO):
@@ -114,6 +138,40 @@ def test_a_file_that_nothing_was_written_to_is_not_left_in_the_way(tmp_path):
         output.write(["a"])
         raise KeyError
     assert (tmp_path / "out").read_bytes() == b"a\n"
+
+
+def test_what_is_no_file_is_written_to_and_left_where_it_is(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    check_writable(pipe)
+    with Output(pipe, resume=True) as output:
+        output.write(["a"])
+    reader.join()
+    assert read == [b"a\n"] and pipe.exists()
+    with pytest.raises(KeyError), Output(Path(os.devnull)):
+        raise KeyError
+    assert os.path.exists(os.devnull)
+
+
+def test_a_dash_is_standard_output(capfdbinary, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable(STANDARD_OUTPUT)
+    with Output(STANDARD_OUTPUT) as output:
+        output.write(["ä"])
+    write_text(STANDARD_OUTPUT, "b\n")
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out == "ä\nb\n".encode()
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_is_written_or_the_place_named(tmp_path):
+    write_text(tmp_path / "a", "ä\n")
+    assert (tmp_path / "a").read_bytes() == "ä\n".encode()
+    with pytest.raises(InputError, match=r"none/a: cannot be written: No such file"):
+        write_text(tmp_path / "none" / "a", "")
 
 
 def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from tfm.config import ConfigError, DecodingConfig, MeshConfig, ModelConfig
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
+from tfm.decoding import decoder as module
 from tfm.decoding.decoder import Bucket, Decoder, Rows, bucket_of
 from tfm.model.attention import Tokens
 from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack, unstack_axes
@@ -182,6 +183,8 @@ def test_each_shape_is_compiled_once(parameters, sentences):
         (MeshConfig(2, 2, 2), DecodingConfig(max_source_length=40, tokens_per_batch=100), [(4, 16), (4, 32), (4, 40)]),
         (MeshConfig(8, 1, 1), DecodingConfig(max_source_length=10, tokens_per_batch=10), [(8, 10)]),
         (MeshConfig(1, 1, 1), DecodingConfig(max_source_length=16, tokens_per_batch=40), [(2, 16)]),
+        (MeshConfig(1, 1, 1), DecodingConfig(max_source_length=40, sentences_per_batch=1), [(1, 16), (1, 32), (1, 40)]),
+        (MeshConfig(2, 1, 1), DecodingConfig(max_source_length=16, sentences_per_batch=7), [(6, 16)]),
     ],
 )
 def test_buckets(mesh, config, expected):
@@ -226,6 +229,16 @@ def test_what_a_beam_search_says_of_its_hypotheses_is_what_scoring_says(beam_dec
     for at in range(0, len(sources), 4):
         scores = scores_of(beam_decoder, sources[at : at + 4], [tokens for tokens, _ in hypotheses[at : at + 4]])
         np.testing.assert_allclose(scores, [p for _, p in hypotheses[at : at + 4]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_score_does_not_depend_on_the_row(parameters, sentences, monkeypatch):
+    monkeypatch.setattr(module, "_SCORED_AT_ONCE", 4 * 16)  # 4 of 6 rows, and then 2, were another program
+    decoder = Decoder([MODEL], one_device(), DecodingConfig(max_source_length=16, tokens_per_batch=6 * 16), BANNED)
+    decoder.set_parameters(parameters)
+    bucket = decoder.score_buckets[0]
+    assert (bucket.rows, bucket.length) == (6, 16)
+    rows = np.asarray(decoder.score(bucket, [sentences[0]] * 6, [[7, 5, EOS]] * 6))
+    assert rows[0, :3].all() and (rows == rows[0]).all()
 
 
 def test_the_n_best_are_sorted_distinct_and_no_worse_than_greedy(n_best, decoded):
@@ -292,18 +305,18 @@ def test_a_prefix_is_what_the_translation_begins_with(beam_decoder, sentences, n
             assert tokens[row, 0, : lengths[row, 0]].tolist() == n_best[row][0][0]
 
 
-def test_samples_differ_by_number_and_seed_and_not_by_company(parameters, sentences):
+def test_samples_differ_by_draw_and_seed_and_not_by_company(parameters, sentences):
     config = dataclasses.replace(CONFIG, sampling=True, n_best=2, sampling_seed=3)
     decoder = Decoder([MODEL], one_device(), config, BANNED)
     decoder.set_parameters(parameters)
 
-    def drawn(which, numbers):
-        tokens = np.asarray(decoder.decode(decoder.buckets[0], [sentences[i] for i in which], None, numbers)[0])
+    def drawn(which, draws):
+        tokens = np.asarray(decoder.decode(decoder.buckets[0], [sentences[i] for i in which], None, draws)[0])
         return tokens[: len(which)].tolist()
 
-    first = drawn([0, 1, 1], [10, 11, 12])
-    assert drawn([1, 0], [11, 10]) == first[1::-1]
-    assert first[1] != first[2] and first[0][0] != first[0][1]
+    first = drawn([0, 1, 1, 1], [(10, 0), (11, 0), (12, 0), (11, 1)])
+    assert drawn([1, 0], [(11, 0), (10, 0)]) == first[1::-1]
+    assert first[1] != first[2] != first[3] != first[1] and first[0][0] != first[0][1]
 
 
 def test_two_models_of_the_same_parameters_translate_as_one(parameters, sentences, n_best):

@@ -135,7 +135,7 @@ def test_a_long_line_is_cut_between_sentences_and_joined_again(echo, caplog):
     assert [t.text for t in found] == ["haus", long, "tür", long]
     ids = echo.tokenizer.encode([long])[0]
     assert len(caplog.messages) == 2
-    assert caplog.messages[0].startswith(f"line 2 has {len(ids)} tokens, more than decoding.max_source_length=24")
+    assert caplog.messages[0].startswith(f"line 2 has {len(ids) + 1} tokens, end included, more than ")
     assert caplog.messages[1].startswith("line 4 has")
     pieces = [echo.tokenizer.decode([s[:-1]])[0] for _, batch in echo.decoder.batches for s in batch]
     assert all(piece.endswith(".") for piece in pieces if piece not in ("haus", "tür"))
@@ -254,6 +254,14 @@ def test_prefixes_and_lines_go_together(echo):
         echo.translate(["haus", "tür"], ["", "haus " * 40])
 
 
+def test_what_stands_before_a_refused_prefix_is_translated(echo):
+    found = []
+    with pytest.raises(InputError, match="line 3: its prefix has"):
+        for window in echo.windows(["haus", "tür", "weg", "see"], ["", "", "haus " * 40, ""]):
+            found += window
+    assert [translation.text for translation in found] == ["haus", "tür"]
+
+
 def test_what_was_done_is_counted(echo):
     echo.decoder = Echo(rows=4)
     echo.translate(["haus", "", "tür baum", " ".join(sentences(12))])
@@ -369,6 +377,25 @@ def test_scores_keep_to_their_lines(translator, caplog):
     assert scored[2].tokens == () and len(scored[2].token_log_probs) == 1
     assert caplog.messages[0].startswith("line 4 has ")
     assert translator.score(sources[:1], targets[:1]) == scored[:1]
+
+
+@pytest.mark.parametrize("piece", ["no such piece", "<s>", "\ud800"])
+def test_a_piece_that_is_none_is_named_with_its_line(translator, piece):
+    with pytest.raises(InputError, match=r"line 2: '.*' is no piece of this tokenizer"):
+        translator.score(["haus", "tür"], ["haus", [piece]])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("runs/a", ("runs/a", None)),
+        ("runs/a@best:3", ("runs/a", "best:3")),
+        ("runs@home/a", ("runs@home/a", None)),
+        ("runs@home/a@7", ("runs@home/a", "7")),
+    ],
+)
+def test_the_checkpoint_of_an_ensemble_s_member(text, expected):
+    assert module._member(text) == expected
 
 
 def test_a_broken_model_still_gives_a_line_for_each_line(translator, parameters):

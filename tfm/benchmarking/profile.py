@@ -31,6 +31,7 @@ _NO_PART = {
     "body",
     "cond",
     "closed_call",
+    "eval_jaxpr",
     "shard_map",
     "checkpoint",
     "rematted_computation",

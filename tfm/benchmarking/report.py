@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 
 from tfm import __version__
 from tfm.benchmarking.peak import MatmulPeak
-from tfm.config import Config, InputError
+from tfm.config import Config
 from tfm.training.metrics import finite
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
@@ -144,13 +143,6 @@ def _cell(value: float | None, unit: float, digits: int) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
-def write_json(values: Any, where: str) -> None:
-    """Writes JSON to a file, or to standard output for `-`. Raises InputError naming a file that cannot be written."""
-    text = json.dumps(finite(values), indent=2, allow_nan=False, default=str) + "\n"
-    if where == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(where).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{where}: cannot be written: {error.strerror}") from error
+def as_json(values: Any) -> str:
+    """A report as JSON, in which what is no number is null."""
+    return json.dumps(finite(values), indent=2, allow_nan=False, default=str) + "\n"

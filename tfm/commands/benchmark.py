@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from tfm.commands.lines import check_writable
+from tfm.commands.lines import STANDARD_OUTPUT, check_writable, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -28,7 +28,7 @@ class _Both:
 
     config: str | None = None
     """Name of a shipped config, or the path of a .py file with get_config()."""
-    json: str | None = None
+    json: Path | None = None
     """File for the report as JSON; - is standard output."""
     sweep: str | None = None
     """Several points along batch, length or devices, such as batch=32,64,128."""
@@ -84,30 +84,29 @@ def main(argv: list[str]) -> int:
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
     arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
-    from tfm.benchmarking.report import profile_table, table, write_json
+    from tfm.benchmarking.report import as_json, profile_table, table
     from tfm.benchmarking.sweep import Sweep
 
     sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)
-    where = None if arguments.json in (None, "-") else Path(arguments.json)
-    if where is not None:
-        check_writable(where)
+    if arguments.json is not None:
+        check_writable(arguments.json)
     picture = _picture(arguments)
     if picture is not None:
-        if picture == where:
+        if picture == arguments.json:
             raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
         check_writable(picture)
     report = _measured(arguments, config, sweep, argv)
-    if arguments.json is not None:
-        write_json(report, arguments.json)
-    if picture is not None:
-        from tfm.benchmarking.picture import draw
-
-        draw(report, picture)
-    if arguments.json != "-":
+    if arguments.json != STANDARD_OUTPUT:
         print(table(report["points"]))
         for point in report["points"]:
             if "profile" in point:
                 print(f"\nWhere the time of one run goes\n{table([point])}\n\n{profile_table(point['profile'])}")
+    if arguments.json is not None:
+        write_text(arguments.json, as_json(report))
+    if picture is not None:
+        from tfm.benchmarking.picture import draw
+
+        draw(report, picture)
     return 0
 
 
@@ -139,8 +138,8 @@ def _picture(arguments: _Both) -> Path | None:
         if arguments.picture is not None:
             raise InputError("--picture: only a sweep is drawn; add --sweep, such as --sweep=batch=32,64,128")
         return None
-    if arguments.picture is None and arguments.json not in (None, "-"):
-        return Path(arguments.json).with_suffix(".png")
+    if arguments.picture is None and arguments.json not in (None, STANDARD_OUTPUT):
+        return arguments.json.with_suffix(".png")
     return arguments.picture
 
 
@@ -154,15 +153,15 @@ def _compare(argv: list[str]) -> int:
                 print(f"usage: {_COMPARE_USAGE}")
                 return 0
             raise InputError(f"{option}: unknown option; usage: {_COMPARE_USAGE}")
-        where = option.removeprefix("--json=")
+        where = Path(option.removeprefix("--json=")).expanduser()
     if len(files) != 2:
         raise InputError(f"{len(files)} reports are given, and two are compared; usage: {_COMPARE_USAGE}")
     from tfm.benchmarking.compare import compare, comparison_table, read_report
-    from tfm.benchmarking.report import write_json
+    from tfm.benchmarking.report import as_json
 
     comparison = compare(*(read_report(Path(file)) for file in files))
-    if where is not None:
-        write_json(comparison, where)
-    if where != "-":
+    if where != STANDARD_OUTPUT:
         print(comparison_table(comparison))
+    if where is not None:
+        write_text(where, as_json(comparison))
     return 0

@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-from tfm.commands.lines import check_writable
+from tfm.commands.lines import STANDARD_OUTPUT, check_writable, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -25,7 +25,7 @@ class Arguments:
     """File to translate, one sentence a line (.gz too); the run's data.test_split if unset."""
     reference: Path | None = None
     """File with the reference of each line of --source."""
-    json: str | None = None
+    json: Path | None = None
     """File for the scores as JSON; - is standard output."""
     output: Path | None = None
     """File for the translations, one a line."""
@@ -53,7 +53,7 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
 
     sources, references = _pairs(arguments, config)
     if hosts.is_first():
-        for path in (arguments.output, None if arguments.json in (None, "-") else Path(arguments.json)):
+        for path in (arguments.output, arguments.json):
             if path is not None:
                 check_writable(path)
     translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble, scores=False)
@@ -67,8 +67,6 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
         scores["bleu_lowercased_tokenised"] = tokenised
     rate = len(sources) / max(seconds, 1e-9)
     _log.info("%d sentences in %.1f s, %.1f sentences/s, compiling included", len(sources), seconds, rate)
-    if arguments.output is not None:
-        _write(arguments.output, "".join(f"{line}\n" for line in hypotheses))
     report = json.dumps(
         {
             "sentences": len(sources),
@@ -77,13 +75,14 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
         },
         indent=2,
     )
-    if arguments.json == "-":
-        print(report)
-        return
+    if arguments.json != STANDARD_OUTPUT:
+        for name, score in scores.items():
+            print(f"{name:<26} {score.value:6.2f}   {score.signature}")
+    # Once the scores are told: a disk may be full.
     if arguments.json is not None:
-        _write(Path(arguments.json), report + "\n")
-    for name, score in scores.items():
-        print(f"{name:<26} {score.value:6.2f}   {score.signature}")
+        write_text(arguments.json, report + "\n")
+    if arguments.output is not None:
+        write_text(arguments.output, "".join(f"{line}\n" for line in hypotheses))
 
 
 def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:
@@ -111,10 +110,3 @@ def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:
             f"{where}: no sentence to score; name another with --source and --reference or data.test_split"
         )
     return [to_text(source) for source, _ in raw], [to_text(target) for _, target in raw]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error

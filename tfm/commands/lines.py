@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import select
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tfm.decoding.translator import Translator
 
 _log = logging.getLogger(__name__)
+
+STANDARD_OUTPUT = Path("-")
+"""How standard output is named where a file is expected."""
 
 _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
 
@@ -38,12 +42,30 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, each as soon as it is there, without the newline that ends them."""
+    """The lines of a file, each as soon as it is there, without the newline that ends them or a byte order mark.
+
+    Raises InputError naming a file that cannot be read to its end.
+    """
+    for number, line in enumerate(_split(_blocks(file))):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    try:
+        while (block := file.read(1 << 16)) != b"":
+            if block is None:  # nothing yet, in a pipe whose other end was made not to wait
+                select.select([file], [], [], _SECONDS_OF_SILENCE)
+                continue
+            yield block
+    except OSError as error:
+        name = getattr(file, "name", None)
+        name = name if isinstance(name, str) and name != "<stdin>" else "standard input"
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def _split(blocks: Iterable[bytes]) -> Iterator[bytes]:
     begun: list[bytes] = []
-    while (block := file.read(1 << 16)) != b"":
-        if block is None:  # nothing yet, in a pipe whose other end was made not to wait
-            select.select([file], [], [], _SECONDS_OF_SILENCE)
-            continue
+    for block in blocks:
         *lines, rest = block.split(b"\n")
         for line in lines:
             yield b"".join((*begun, line))
@@ -63,7 +85,8 @@ class Output:
     """Lines to a file, or to standard output; a write that fails or is interrupted leaves whole lines in the file.
 
     Args:
-      path: of a file that doesn't exist yet; standard output when None.
+      path: of a file that doesn't exist yet, or of what is no file, such as a pipe or /dev/null; standard output when
+        None or `-`.
       resume: the file may exist; what follows its last newline is dropped, and lines are written behind it. None where
         a command cannot do that.
 
@@ -73,6 +96,7 @@ class Output:
     def __init__(self, path: Path | None, resume: bool | None = None):
         self.lines = 0
         """Lines that the file has."""
+        path = None if path == STANDARD_OUTPUT else path
         self._name = "standard output" if path is None else str(path)
         self._hint = "" if resume is None else ", or go on behind its lines with --resume"
         self._path = path
@@ -83,6 +107,9 @@ class Output:
             self._file: IO[bytes] = sys.stdout.buffer
             return
         try:
+            if _is_special(path):
+                self._file = path.open("ab", buffering=0)
+                return
             self._file = path.open("r+b" if resume and path.exists() else "x+b", buffering=0)
             self._whole = 0
             if resume:
@@ -133,18 +160,39 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._path is not None:
             self._file.close()
-            if kind is not None and not self.lines:  # an empty file would be in the way of the next attempt
+            # An empty file would be in the way of the next attempt.
+            if kind is not None and not self.lines and not _is_special(self._path):
                 self._path.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe, a terminal or another device: written to as it is, and never made or removed."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_writable(path: Path) -> None:
     """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
+    if path == STANDARD_OUTPUT or _is_special(path):  # whoever reads a pipe would take its closing for the end
+        return
     is_new = not path.exists()
     try:
         with path.open("ab"):
             pass
         if is_new:  # what fails later should not leave an empty file
             path.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, or to standard output for `-`. Raises InputError naming what cannot be written."""
+    try:
+        if path == STANDARD_OUTPUT:
+            sys.stdout.write(text)
+        else:
+            path.write_text(text, encoding="utf-8")
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 

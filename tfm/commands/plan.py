@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from tfm.commands.lines import STANDARD_OUTPUT, check_writable, write_text
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -29,7 +30,7 @@ class Arguments:
     """Rows of the global batch for each chip, in place of training.target_tokens_per_batch."""
     parameters: bool = False
     """List every parameter: its logical axes, its mesh axes and its bytes on each device; for the first topology."""
-    json: str | None = None
+    json: Path | None = None
     """File for the plan as JSON, a list where there is more than one; - is standard output."""
     picture: Path | None = None
     """File for a picture of predicted tokens/s against chips (.png)."""
@@ -45,6 +46,9 @@ def main(argv: list[str]) -> int:
     if arguments.parameters and (len(arguments.meshes) > 1 or arguments.json or arguments.picture):
         given = "--json" if arguments.json else "--picture" if arguments.picture else "more than one of --meshes"
         raise InputError(f"--parameters prints a table for one mesh, and does not take {given}")
+    for path in (arguments.json, arguments.picture):
+        if path is not None:
+            check_writable(path)
     from tfm.planning import plan, report, topology
 
     slices = [topology.topology_of(name) for name in arguments.topology]
@@ -59,26 +63,13 @@ def main(argv: list[str]) -> int:
         plans = plan.sweep(config, slices, meshes, arguments.rows_per_chip)
     else:
         plans = [plan.plan_here(config, arguments.rows_per_chip)]
-    if arguments.json == "-":
-        print(_json(plans))
-    else:
-        if arguments.json is not None:
-            _write(Path(arguments.json), _json(plans) + "\n")
+    if arguments.json != STANDARD_OUTPUT:
         print("\n".join(report.table(each) for each in plans))
         if len(plans) > 1:
             print(report.sweep_table(plans))
+    if arguments.json is not None:
+        write_text(arguments.json, json.dumps(plans[0] if len(plans) == 1 else plans, indent=2) + "\n")
     if arguments.picture is not None:
         report.draw_sweep(plans, arguments.picture)
     plan.refuse_what_does_not_fit(plans)
     return 0
-
-
-def _json(plans: list) -> str:
-    return json.dumps(plans[0] if len(plans) == 1 else plans, indent=2)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error

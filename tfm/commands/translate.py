@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
                 raise InputError(f"{arguments.output}: has {done} lines, more than there are to translate")
         from tfm.decoding.translator import Translator
 
-        if file.isatty():  # someone types and waits: one sentence at a time, in a shape that has no room for more
-            decoding = dataclasses.replace(config.decoding, tokens_per_batch=config.decoding.max_source_length)
+        if file.isatty():  # someone types and waits: one sentence at a time, in a shape that has room for it alone
+            decoding = dataclasses.replace(config.decoding, sentences_per_batch=1)
             config = dataclasses.replace(config, decoding=decoding)
         translator = Translator.load(
             arguments.workdir, config, arguments.checkpoint, arguments.ensemble, scores=arguments.format != "text"

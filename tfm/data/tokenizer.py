@@ -125,7 +125,8 @@ class Tokenizer:
 
     def ids(self, pieces: Sequence[str]) -> list[int]:
         """Ids of pieces. Raises InputError at one that isn't in the vocabulary, or that text is never made of."""
-        ids = [self._processor.piece_to_id(piece) for piece in pieces]
+        # JSON may hold half of a surrogate pair, which is no text.
+        ids = [UNK if re.search("[\ud800-\udfff]", piece) else self._processor.piece_to_id(piece) for piece in pieces]
         for piece, token in zip(pieces, ids, strict=True):
             if token <= UNK:
                 raise InputError(f"{piece!r} is no piece of this tokenizer: give pieces as it spells them, or text")

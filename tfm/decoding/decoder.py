@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 
     source_BS: Any  # int32, each sentence ending in EOS
     prefix_BT: Any = None  # int32, or None; what each translation begins with, and -1 behind that
-    number_B: Any = None  # uint32, or None; makes what is drawn for one sentence differ from what is for another
+    draw_B2: Any = None  # uint32, or None; makes what is drawn for one sentence differ from what is for another
     target_BT: Any = None  # int32, or None; given translations, each ending in EOS
 
 
@@ -135,7 +135,7 @@ class Decoder:
         bucket: Bucket,
         sentences: Sequence[Sequence[int]],
         prefixes: Sequence[Sequence[int]] | None = None,
-        numbers: Sequence[int] | None = None,
+        draws: Sequence[tuple[int, int]] | None = None,
     ) -> search.Hypotheses:
         """Starts to translate up to `bucket.rows` sentences, each ending in EOS; the result is still on the device.
 
@@ -143,18 +143,23 @@ class Decoder:
           bucket: the shape; in one of `buckets`, sentences may be given up.
           sentences: token ids.
           prefixes: tokens that each translation begins with, fewer than `bucket.room`; none when None.
-          numbers: with sampling, what makes the draws of one sentence differ from those of another, below 2**32.
+          draws: with sampling, what makes the draws of one sentence differ from those of another: two numbers below
+            2**32.
         """
-        rows = self._rows(bucket, sentences)
+        rows = self._rows(bucket, sentences, draws)
         if prefixes is not None:
             rows = rows._replace(prefix_BT=_filled((bucket.rows, bucket.room), prefixes, -1))
-        if rows.number_B is not None and numbers is not None:
-            rows.number_B[: len(sentences)] = numbers
         return self._run(functools.partial(self._search, bucket), "search", bucket, rows)
 
-    def _rows(self, bucket: Bucket, sentences: Sequence[Sequence[int]]) -> Rows:
+    def _rows(
+        self, bucket: Bucket, sentences: Sequence[Sequence[int]], draws: Sequence[tuple[int, int]] | None = None
+    ) -> Rows:
         source_BS = _filled((bucket.rows, bucket.length), sentences, PAD)
-        return Rows(source_BS, number_B=np.arange(bucket.rows, dtype=np.uint32) if self.config.sampling else None)
+        if not self.config.sampling:
+            return Rows(source_BS)
+        draw_B2 = np.zeros((bucket.rows, 2), np.uint32)
+        draw_B2[: len(sentences)] = [(row, 0) for row in range(len(sentences))] if draws is None else draws
+        return Rows(source_BS, draw_B2=draw_B2)
 
     def search_program(self, bucket: Bucket) -> jax.stages.Compiled:
         """The compiled program that `decode` runs in a bucket without prefixes."""
@@ -208,7 +213,8 @@ class Decoder:
         cache = search.Cache(start, bucket.room, self._reorder)
         step = functools.partial(self._step, parameters)
         if c.sampling:
-            keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(c.sampling_seed), number))(rows.number_B)
+            fold_in, seed = jax.random.fold_in, jax.random.key(c.sampling_seed)
+            keys_B = jax.vmap(lambda draw_2: fold_in(fold_in(seed, draw_2[0]), draw_2[1]))(rows.draw_B2)
             return search.sample(
                 *(step, cache, limits, keys_B),
                 samples=c.n_best,
@@ -257,8 +263,10 @@ class Decoder:
             peak_1T, rest_1T = self._vocabulary.log_normaliser(logits_1TV, self._vocabulary.maxima(logits_1TV))
             return (self._vocabulary.logits_of(logits_1TV, target_T[None]) - peak_1T - rest_1T)[0]
 
-        # The logits of all positions at once may be more than there is room for.
-        at_once = max(1, _SCORED_AT_ONCE // target_BT.shape[1])
+        # The logits of all positions at once may be more than there is room for. What divides the rows leaves no rest,
+        # which would be a program of another shape, whose sums may round otherwise.
+        rows, most = target_BT.shape[0], max(1, _SCORED_AT_ONCE // target_BT.shape[1])
+        at_once = max(count for count in range(1, most + 1) if rows % count == 0)
         log_probs_BT = jax.lax.map(lambda args: row(*args), (tuple(outputs), target_BT), batch_size=at_once)
         return jnp.where(target_BT == PAD, 0.0, log_probs_BT)
 
@@ -279,11 +287,12 @@ def bucket_of(buckets: Sequence[Bucket], length: int) -> Bucket:
 
 
 def _ladder(config: DecodingConfig, longest: int, shards: int) -> list[tuple[int, int]]:
-    """(rows, length): powers of two up to the longest, each with as many rows as the token budget has room for."""
+    """(rows, length): powers of two up to the longest, each with as many rows as the budgets have room for."""
     lengths = []
     length = _SHORTEST_BUCKET
     while length < longest:
         lengths.append(length)
         length *= 2
     lengths.append(longest)
-    return [(max(1, config.tokens_per_batch // n // shards) * shards, n) for n in lengths]
+    most = config.sentences_per_batch or config.tokens_per_batch
+    return [(max(1, min(most, config.tokens_per_batch // n) // shards) * shards, n) for n in lengths]

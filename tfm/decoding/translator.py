@@ -40,7 +40,7 @@ class _Piece:
     line: int  # index within its window
     ids: list[int]  # ending in EOS
     prefix: list[int]
-    number: int  # by which the draws of a sample differ
+    draw: tuple[int, int]  # by which the draws of one sentence differ from those of another: its line and its part
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class Translator:
         mesh = mesh or sharding.decoding_mesh(config.mesh.tensor)
         members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
         for member in ensemble:
-            folder, at, name = member.rpartition("@") if "@" in member else (member, "", "")
+            folder, which = _member(member)
             other = RunDirectory.open(folder)
             if _tokenizer(other).sha256 != tokenizer.sha256:
                 raise InputError(
                     f"{other.tokenizer_path}: another tokenizer than {run.tokenizer_path}: models that translate "
                     "together must share one"
                 )
-            members.append((other, other.config, name if at else other.config.decoding.average))
+            members.append((other, other.config, which if which is not None else other.config.decoding.average))
         models, parameters, steps = [], [], []
         for its_run, its_config, which in members:
             dtype = compute_dtype(its_config.model, mesh.devices.flat[0].platform)
@@ -165,20 +165,18 @@ class Translator:
         with closing(Windows(pairs, WINDOW_LINES, _patience())) as windows:
             before: tuple[_Window, list[_Started]] | None = None
             while before is not None or not windows.ended:
-                taken = windows.take(wait=before is None)
-                try:
-                    window = _Window(first, len(taken), self._pieces(taken, first, has_prefixes))
-                except InputError:
-                    if before is not None:
-                        yield self._finish(*before)
-                    raise
-                first += len(taken)
+                window, refused = self._window(windows.take(wait=before is None), first, has_prefixes)
+                first += window.lines
                 if before is not None:
                     before = before[0], before[1] + self._again(*before)
                 started = self._decode(shapes, window.pieces, range(len(window.pieces)), has_prefixes)
                 if before is not None:
                     yield self._finish(*before)
-                before = (window, started) if taken else None
+                before = (window, started) if window.lines else None
+                if refused is not None:
+                    if before is not None:
+                        yield self._finish(window, started + self._again(*before))
+                    raise refused
 
     def _again(self, window: _Window, started: Sequence[_Started]) -> list[_Started]:
         """Waits for a window, and has the devices begin anew with what was given up, with more room."""
@@ -206,7 +204,7 @@ class Translator:
                 batch = members[at : at + bucket.rows]
                 sentences = [pieces[i].ids for i in batch]
                 prefixes = [pieces[i].prefix for i in batch] if has_prefixes else None
-                hypotheses = self.decoder.decode(bucket, sentences, prefixes, [pieces[i].number for i in batch])
+                hypotheses = self.decoder.decode(bucket, sentences, prefixes, [pieces[i].draw for i in batch])
                 started.append((batch, hypotheses))
                 self.statistics.padded_tokens += bucket.rows * bucket.length
         return started
@@ -246,34 +244,47 @@ class Translator:
     def _penalty(self, tokens: int) -> float:
         return ((5 + tokens + 1) / 6) ** self.config.length_penalty
 
-    def _pieces(self, window: Sequence[tuple[str, str]], first: int, has_prefixes: bool) -> list[_Piece]:
-        """The pieces of a window; a line is one unless it is too long, and none when it is blank."""
-        prefixes = self.tokenizer.encode([prefix for _, prefix in window]) if has_prefixes else [[]] * len(window)
-        pieces = []
-        room = self.config.max_source_length - 1
-        for index, ids in enumerate(self.tokenizer.encode([line for line, _ in window])):
-            number, prefix = first + index, prefixes[index]
-            parts = [ids] if ids else []
-            if len(ids) > room:
-                parts = list(cut(window[index][0], self.tokenizer, room))
-                _log.warning(
-                    "line %d has %d tokens, more than decoding.max_source_length=%d: translated in %d pieces",
-                    *(number, len(ids), self.config.max_source_length, len(parts)),
-                )
-            if parts and len(prefix) > (most := len(parts[0]) + self.config.max_extra_tokens):
-                raise InputError(
-                    f"line {number}: its prefix has {len(prefix)} tokens, and its translation may have {most}, the "
-                    "source's and decoding.max_extra_tokens: shorten the one or raise the other"
-                )
-            if banned := set(prefix) & set(self.tokenizer.banned_ids):
-                raise InputError(
-                    f"line {number}: its prefix has {', '.join(self.tokenizer.pieces(sorted(banned)))}, which is never "
-                    "generated: leave it out"
-                )
+    def _window(
+        self, pairs: Sequence[tuple[str, str]], first: int, has_prefixes: bool
+    ) -> tuple[_Window, InputError | None]:
+        """Lines and their prefixes as pieces; where a prefix is refused, the lines before it, and the reason."""
+        prefixes = self.tokenizer.encode([prefix for _, prefix in pairs]) if has_prefixes else [[]] * len(pairs)
+        pieces: list[_Piece] = []
+        for index, ids in enumerate(self.tokenizer.encode([line for line, _ in pairs])):
+            number = first + index
+            parts = self._parts(pairs[index][0], ids, number)
+            try:
+                self._check_prefix(prefixes[index], parts, number)
+            except InputError as refused:
+                return _Window(first, index, pieces), refused
             for part, part_ids in enumerate(parts):
-                draw = (number << 12 | part) % 2**32
-                pieces.append(_Piece(index, [*part_ids, EOS], prefix if part == 0 else [], draw))
-        return pieces
+                prefix = prefixes[index] if part == 0 else []
+                pieces.append(_Piece(index, [*part_ids, EOS], prefix, (number % 2**32, part)))
+        return _Window(first, len(pairs), pieces), None
+
+    def _parts(self, line: str, ids: list[int], number: int) -> list[list[int]]:
+        """The token ids of a line's parts: one unless it is too long, and none where it is blank."""
+        room = self.config.max_source_length - 1
+        if len(ids) <= room:
+            return [ids] if ids else []
+        parts = list(cut(line, self.tokenizer, room))
+        _log.warning(
+            "line %d has %d tokens, end included, more than decoding.max_source_length=%d: translated in %d pieces",
+            *(number, len(ids) + 1, self.config.max_source_length, len(parts)),
+        )
+        return parts
+
+    def _check_prefix(self, prefix: Sequence[int], parts: Sequence[Sequence[int]], number: int) -> None:
+        if parts and len(prefix) > (most := len(parts[0]) + self.config.max_extra_tokens):
+            raise InputError(
+                f"line {number}: its prefix has {len(prefix)} tokens, and its translation may have {most}, the "
+                "source's and decoding.max_extra_tokens: shorten the one or raise the other"
+            )
+        if banned := set(prefix) & set(self.tokenizer.banned_ids):
+            raise InputError(
+                f"line {number}: its prefix has {', '.join(self.tokenizer.pieces(sorted(banned)))}, which is never "
+                "generated: leave it out"
+            )
 
     def score(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> list[Scored]:
         """The log-probability of each target as a translation of its source; 0 where both are blank.
@@ -299,9 +310,12 @@ class Translator:
     def _score_window(self, window: Sequence[tuple[str, str | Sequence[str]]], first: int) -> list[Scored]:
         sources = [[*ids, EOS] for ids in self.tokenizer.encode([source for source, _ in window])]
         texts = iter(self.tokenizer.encode([target for _, target in window if isinstance(target, str)]))
-        targets = [
-            [*(next(texts) if isinstance(target, str) else self.tokenizer.ids(target)), EOS] for _, target in window
-        ]
+        targets = []
+        for number, (_, target) in enumerate(window, first):
+            try:
+                targets.append([*(next(texts) if isinstance(target, str) else self.tokenizer.ids(target)), EOS])
+            except InputError as error:
+                raise InputError(f"line {number}: {error}") from error
         scored = [Scored((), (), 0.0, 0.0)] * len(window)
         buckets: dict[Bucket, list[int]] = defaultdict(list)
         longest = self.decoder.score_buckets[-1].length
@@ -346,6 +360,12 @@ def _tokenizer(run: RunDirectory) -> Tokenizer:
     if not run.tokenizer_path.exists():
         raise InputError(f"{run.tokenizer_path}: is missing: the run directory is not whole")
     return Tokenizer.load(run.tokenizer_path)
+
+
+def _member(text: str) -> tuple[str, str | None]:
+    """The run directory and the checkpoint of WORKDIR or WORKDIR@CHECKPOINT; a directory above may have an @, too."""
+    folder, at, checkpoint = text.rpartition("@")
+    return (folder, checkpoint) if at and "/" not in checkpoint else (text, None)
 
 
 def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
