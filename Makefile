@@ -22,7 +22,7 @@ setup: $(STAMP)
 # The stamp is taken away first and set last: an installation that fails leaves none, and is begun again.
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml | interpreter
 	@rm -f $(STAMP)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tfm needs Python 3.11 or later; this is %s: make setup PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "tfm needs Python 3.11 to 3.13; this is %s: make setup PYTHON=python3.12" % sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'

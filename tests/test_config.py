@@ -154,6 +154,16 @@ def test_every_field_has_a_rule_or_needs_none():
             ["decoding.tokens_per_batch=100", "decoding.max_source_length=256"],
         ),
         (dict(decoding__n_best=5), ["decoding.n_best=5", "decoding.beam_size=4", "decoding.sampling=True"]),
+        (
+            dict(optimizer__name="adafactor", optimizer__beta2=0.9),
+            ["optimizer.beta2=0.9", "optimizer.name=adafactor"],
+        ),
+        (dict(data__segmentation_alpha=0.7), ["data.segmentation_alpha=0.7", "data.segmentations=1"]),
+        (
+            dict(data__segmentation_alpha=3.0, data__segmentations=2, data__tokenizer_model="bpe"),
+            ["data.segmentation_alpha=3.0", "data.tokenizer_model=bpe"],
+        ),
+        (dict(decoding__min_length=306), ["decoding.min_length=306", "305 by", "max_source_length=256", "tokens=50"]),
         (dict(decoding__sampling_top_k=5), ["decoding.sampling_top_k=5", "without decoding.sampling=True"]),
         (dict(decoding__sampling_seed=1), ["decoding.sampling_seed=1", "without decoding.sampling=True"]),
         (

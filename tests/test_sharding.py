@@ -103,9 +103,15 @@ def test_a_mesh_takes_all_devices(config, shape):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(4, 4, 1), "mesh.data=4, mesh.fsdp=4, mesh.tensor=1: needs 16 devices, and there are 8"),
+        (
+            MeshConfig(4, 4, 1),
+            "mesh.data=4, mesh.fsdp=4, mesh.tensor=1: needs 16 devices, and there are 8: set mesh.data=-1",
+        ),
         (MeshConfig(2, 1, 1), "mesh.data=2, mesh.fsdp=1, mesh.tensor=1: needs 2 devices, and there are 8"),
-        (MeshConfig(-1, 3, 1), "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1: 8 devices cannot be divided by 3"),
+        (
+            MeshConfig(-1, 3, 1),
+            "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1: 8 devices cannot be divided by 3: they can be by 1, 2, 4 or 8",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(config, message):
@@ -197,12 +203,12 @@ def test_a_state_is_born_sharded():
         (
             MeshConfig(1, 1, 8),
             "parameter ['decoder']['layers']['cross_attention']['key']['kernel'] has 4 along 'heads', which "
-            "mesh.tensor=8 does not divide: use a divisor of 4 for mesh.tensor",
+            "mesh.tensor=8 does not divide: mesh.tensor can be 1, 2 or 4",
         ),
         (
             MeshConfig(1, 8, 1),
             "parameter ['decoder']['final_norm']['norm']['bias'] has 12 along 'embed', which "
-            "mesh.fsdp=8 does not divide: use a divisor of 12 for mesh.fsdp",
+            "mesh.fsdp=8 does not divide: mesh.fsdp can be 1, 2 or 4",
         ),
     ],
 )

@@ -99,6 +99,15 @@ def check_together(config: Config) -> None:
             f"training.initialize_from={training.initialize_from} brings its own tokenizer, and data.tokenizer="
             f"{data.tokenizer} names another: leave one of them out"
         )
+    if data.segmentations == 1 and _changed(data, "segmentation_alpha"):
+        raise ConfigError(
+            f"data.segmentation_alpha={data.segmentation_alpha} has no effect with data.segmentations=1: raise that"
+        )
+    if data.segmentations > 1 and data.tokenizer_model == "bpe" and data.segmentation_alpha > 1:
+        raise ConfigError(
+            f"data.segmentation_alpha={data.segmentation_alpha}: with data.tokenizer_model=bpe it is a share, at "
+            "most 1"
+        )
     rows = training.target_tokens_per_batch // data.target_row_length
     if rows < training.gradient_accumulation:
         raise ConfigError(
@@ -120,6 +129,12 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"optimizer.weight_decay={optimizer.weight_decay} has no effect with optimizer.name=adam: use adamw"
         )
+    for name in ("beta1", "beta2", "epsilon"):
+        if optimizer.name == "adafactor" and _changed(optimizer, name):
+            raise ConfigError(
+                f"optimizer.{name}={getattr(optimizer, name)} has no effect with optimizer.name=adafactor: use adam or "
+                "adamw, or leave it out"
+            )
     if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
         raise ConfigError(
             f"optimizer.decay_steps={optimizer.decay_steps} has no effect with optimizer.schedule="
@@ -137,6 +152,12 @@ def check_together(config: Config) -> None:
             f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "
             f"decoding.max_source_length={decoding.max_source_length}: raise the first or lower the second"
         )
+    if decoding.min_length > (most := decoding.max_source_length - 1 + decoding.max_extra_tokens):
+        raise ConfigError(
+            f"decoding.min_length={decoding.min_length} is more than any translation may have: {most} by "
+            f"decoding.max_source_length={decoding.max_source_length} and decoding.max_extra_tokens="
+            f"{decoding.max_extra_tokens}"
+        )
     _check_decoding(decoding)
     mesh = dataclasses.asdict(config.mesh)
     free = [f"mesh.{axis}" for axis, size in mesh.items() if size == -1]
@@ -145,6 +166,11 @@ def check_together(config: Config) -> None:
     for axis, size in mesh.items():
         if size != -1 and size < 1:
             raise ConfigError(f"mesh.{axis}={size}: must be at least 1, or -1 for the rest of the devices")
+
+
+def _changed(section: Any, name: str) -> bool:
+    """Whether a field has another value than its default."""
+    return getattr(section, name) != getattr(type(section)(), name)
 
 
 def _check_decoding(decoding: DecodingConfig) -> None:
@@ -165,5 +191,6 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             "raise the second, or draw them with decoding.sampling=True"
         )
     for name in ("sampling_temperature", "sampling_top_k", "sampling_top_p", "sampling_seed"):
-        if (value := getattr(decoding, name)) != getattr(DecodingConfig(), name):
+        if _changed(decoding, name):
+            value = getattr(decoding, name)
             raise ConfigError(f"decoding.{name}={value} has no effect without decoding.sampling=True: set both or none")

@@ -68,10 +68,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if len(devices) % fixed:
-            raise ConfigError(f"{asked}: {len(devices)} devices cannot be divided by {fixed}")
+            raise ConfigError(
+                f"{asked}: {len(devices)} devices cannot be divided by {fixed}: they can be by {_listed(len(devices))}"
+            )
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
-        raise ConfigError(f"{asked}: needs {math.prod(sizes)} devices, and there are {len(devices)}")
+        raise ConfigError(
+            f"{asked}: needs {math.prod(sizes)} devices, and there are {len(devices)}: set mesh.data=-1 for the rest"
+        )
     auto = (AxisType.Auto,) * len(AXES)
     if sizes[0] % config.slices:
         raise ConfigError(
@@ -272,6 +276,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def _listed(number: int) -> str:
+    """The divisors of a number, as a text."""
+    *most, last = [str(size) for size in range(1, number + 1) if number % size == 0]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of pieces that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -291,7 +301,7 @@ def parameter_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
             if size % parts:
                 raise ConfigError(
                     f"parameter {jax.tree_util.keystr(path)} has {size} along {name!r}, which mesh.{axis}={parts} "
-                    f"does not divide: use a divisor of {size} for mesh.{axis}"
+                    f"does not divide: mesh.{axis} can be {_listed(math.gcd(size, mesh.size))}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -70,5 +70,11 @@ def test_a_file_that_is_no_report_is_named(tmp_path, report_of):
     path.write_text("[]")
     with pytest.raises(InputError, match=r"a.json: no report of tfm benchmark"):
         read_report(path)
+    path.write_text('{"benchmark": "train", "points": [1]}')
+    with pytest.raises(InputError, match=r"a.json: no report of tfm benchmark"):
+        read_report(path)
+    path.write_text(json.dumps(report_of() | {"format": 2}))
+    with pytest.raises(InputError, match=r"a.json: a report of format 2, and this tfm compares 1: measure anew"):
+        read_report(path)
     path.write_text(json.dumps(report_of()))
     assert read_report(path) == report_of()

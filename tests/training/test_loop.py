@@ -69,12 +69,10 @@ def quiet_evaluation(monkeypatch):
     """Evaluation without its compilations: `scores` of each, in order; the last stays."""
     scores = []
 
-    def evaluate(run, step):
-        found = {"loss": 1.0, "bleu": scores.pop(0) if len(scores) > 1 else scores[0]}
-        run.writer.write({"step": step, "kind": "validation", **found})
-        return found
+    def evaluate(run):
+        return {"loss": 1.0, "bleu": scores.pop(0) if len(scores) > 1 else scores[0]}
 
-    monkeypatch.setattr(Run, "_evaluate", evaluate)
+    monkeypatch.setattr(Run, "_scores", evaluate)
     return scores
 
 
@@ -152,6 +150,26 @@ def test_a_signal_at_the_last_step_does_not_cost_its_evaluation(tiny_config, tmp
         watch(run, [], before=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
         assert run.go() == 0
     assert [event["bleu"] for event in logged(tmp_path / "run", "validation")] == [7]
+
+
+def test_a_signal_ends_an_evaluation_that_the_next_start_makes_up_for(tiny_config, tmp_path, monkeypatch):
+    """A machine that is taken away gives half a minute, and an evaluation may take longer."""
+    scores = []
+
+    def evaluate(run):
+        if not scores:
+            scores.append(5.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the signal was waited out")
+        return {"loss": 1.0, "bleu": scores[0]}
+
+    monkeypatch.setattr(Run, "_scores", evaluate)
+    config = tiny_config({"training.steps": 3, "training.evaluate_every": 2})
+    assert train(config, tmp_path / "run") == 143
+    assert CheckpointReader(RunDirectory.open(tmp_path / "run")).steps() == [2]
+    assert logged(tmp_path / "run", "validation") == []
+    assert train(config, tmp_path / "run") == 0
+    assert [event["step"] for event in logged(tmp_path / "run", "validation")] == [2, 3]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tfm.training.signals import stop_signals
+from tfm.training.signals import Stopped, stop_signals
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -24,6 +24,17 @@ def test_a_second_ctrl_c_is_not_waited_out():
     with pytest.raises(KeyboardInterrupt), stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_can_wait_ends_at_once():
+    with stop_signals() as stop:
+        with pytest.raises(Stopped), stop.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the signal was waited out")
+        assert (stop.requested, stop.status) == (True, 143)
+        with pytest.raises(Stopped), stop.at_once():
+            pytest.fail("the signal had come before")
+        os.kill(os.getpid(), signal.SIGTERM)  # what cannot wait goes on
 
 
 def test_another_thread_gets_no_signals_and_no_error():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tfm.benchmarking.report import aligned
+from tfm.benchmarking.report import FORMAT, aligned
 from tfm.config import InputError
 
 # A point is one that the other report has, too, where all of these are the same.
@@ -28,8 +28,12 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path}: no JSON: {error}") from error
-    if not isinstance(values, dict) or "benchmark" not in values or not isinstance(values.get("points"), list):
+    points = values.get("points") if isinstance(values, dict) else None
+    has_points = isinstance(points, list) and all(isinstance(point, dict) for point in points)
+    if not has_points or "benchmark" not in values:
         raise InputError(f"{path}: no report of tfm benchmark: it has no `benchmark` and `points`")
+    if (version := values.get("format", 1)) != FORMAT:
+        raise InputError(f"{path}: a report of format {version}, and this tfm compares {FORMAT}: measure anew")
     return values
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ _GPU = "/device:GPU"  # how the names of planes of GPUs begin
 _ROWS = 24
 
 
+def check_profile(directory: Path) -> None:
+    """Raises InputError where a trace cannot be written to a directory, which is made if it isn't there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"--profile={directory}: cannot be written: {error.strerror}") from error
+
+
 def profiled(
     directory: Path, compiled: jax.stages.Compiled, run: Callable[[], Any], count: int, elsewhere: str
 ) -> list[dict[str, float | str]]:
@@ -48,11 +59,8 @@ def profiled(
 
     Raises InputError where nothing can be written there.
     """
-    before = set(directory.rglob("*.xplane.pb")) if directory.is_dir() else set()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--profile={directory}: cannot be written: {error.strerror}") from error
+    check_profile(directory)
+    before = set(directory.rglob("*.xplane.pb"))
     with jax.profiler.trace(str(directory)):
         for _ in range(count):
             jax.block_until_ready(run())

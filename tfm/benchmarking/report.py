@@ -19,6 +19,9 @@ from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config
 from tfm.training.metrics import finite
 
+FORMAT = 1
+"""Of reports: another number where names or meanings of figures have changed."""
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 _ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS")
 
@@ -59,6 +62,7 @@ def report(
     best = max(peaks, key=lambda peak: peak.flops)
     return {
         "benchmark": kind,
+        "format": FORMAT,
         "command": shlex.join(["tfm", "benchmark", *argv]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
     arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
+    from tfm.benchmarking.profile import check_profile
     from tfm.benchmarking.report import as_json, profile_table, table
     from tfm.benchmarking.sweep import Sweep
 
@@ -95,6 +96,8 @@ def main(argv: list[str]) -> int:
         if picture == arguments.json:
             raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
         check_writable(picture)
+    if arguments.profile is not None:
+        check_profile(arguments.profile)
     report = _measured(arguments, config, sweep, argv)
     if arguments.json != STANDARD_OUTPUT:
         print(table(report["points"]))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import time
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, check_writable, log_rate, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +62,7 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
     scores = corpus_scores(hypotheses, references)
     if (tokenised := tokenised_bleu(hypotheses, references, config.data.target_language)) is not None:
         scores["bleu_lowercased_tokenised"] = tokenised
-    rate = len(sources) / max(seconds, 1e-9)
-    _log.info("%d sentences in %.1f s, %.1f sentences/s, compiling included", len(sources), seconds, rate)
+    log_rate(translator, seconds)
     report = json.dumps(
         {
             "sentences": len(sources),

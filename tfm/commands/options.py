@@ -39,6 +39,9 @@ class _Given:
         return " ".join([f"--{self.name}", *self.values])
 
 
+_ON_ONE_HOST = ("benchmark", "plan", "prepare")
+
+
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
     """The command's own arguments, and the validated config with its overrides.
 
@@ -57,6 +60,9 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
     types_by_name = _option_types(arguments)
     given, wants_help = _read(command, argv, types_by_name)
     given = _together(given, types_by_name)
+    for option in given:
+        if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
+            raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
     base = _base_config(command, arguments, {option.name: option.values for option in given}, wants_help)
     if not wants_help:
         _refuse_missing(command, arguments, given)

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     from tfm.planning import plan, report, topology
 
     slices = [topology.topology_of(name) for name in arguments.topology]
-    meshes = [plan.mesh_of(text) for text in arguments.meshes] or [config.mesh]
+    meshes = [plan.mesh_of(text, config.mesh.slices) for text in arguments.meshes] or [config.mesh]
     if slices:
         topology.no_accelerator_is_looked_for()
     if arguments.parameters:

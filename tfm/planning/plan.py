@@ -49,17 +49,19 @@ def scaled(config: Config, rows_per_chip: int | None, chips: int) -> Config:
     return dataclasses.replace(config, training=training).validate()
 
 
-def mesh_of(text: str) -> MeshConfig:
-    """`64,4,1` as data, fsdp and tensor. Raises InputError."""
+def mesh_of(text: str, slices: int = 1) -> MeshConfig:
+    """`64,4,1` as data, fsdp and tensor of a mesh on so many slices. Raises InputError."""
     try:
         data, fsdp, tensor = (int(size) for size in text.split(","))
     except ValueError as error:
         raise InputError(f"--meshes {text}: expected data,fsdp,tensor, such as 64,4,1 or -1,4,1") from error
-    return MeshConfig(data, fsdp, tensor)
+    return MeshConfig(data, fsdp, tensor, slices)
 
 
 def trainer_on(config: Config, topology: Topology | None, rows_per_chip: int | None = None) -> Trainer:
     """The trainer on a slice of TPUs, or on the devices at hand. Raises InputError as `plan_for` does."""
+    if topology is not None and config.mesh.slices > 1:
+        raise InputError(f"mesh.slices={config.mesh.slices}: a plan is of one slice, {topology.name}: leave it out")
     devices = devices_of(topology) if topology is not None else jax.devices()
     config = scaled(config, rows_per_chip, len(devices))
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -132,6 +134,10 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
     except OutOfMemory as error:
         plan["fits"], plan["lacking_bytes"] = False, error.needed - error.room
         plan["remedy"] = "lower decoding.tokens_per_batch"
+    if plan["fits"] and not plan["decode"]["fits_beside_train_state"]:
+        plan["fits"] = False
+        plan["lacking_bytes"] = plan["decode"]["bytes_with_train_state_per_chip"] - topology.chip.memory
+        plan["remedy"] = "lower decoding.tokens_per_batch: an evaluation decodes beside the state of training"
     return plan
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
 from tfm.training.metrics import MetricsWriter, finite, read_events
-from tfm.training.signals import StopRequest, stop_signals
+from tfm.training.signals import Stopped, StopRequest, stop_signals
 from tfm.training.step import Trainer, TrainState, training_model
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Run:
         batches = self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
         with stop_signals() as stop, jax.set_mesh(self.mesh), closing(batches):
             if self.evaluation_is_due:
-                self._evaluate(self.first_step)
+                self._evaluate(self.first_step, stop)
             if self._should_stop_early():
                 return 0
             return self._steps(batches, stop)
@@ -134,7 +134,7 @@ class Run:
                 pending = None
                 with progress.paused():
                     # Who asks to stop waits for no evaluation but the last, which no later start would make up for.
-                    scores = self._evaluate(step) if evaluate and (not stop.requested or step == steps) else None
+                    scores = self._evaluate(step, None if step == steps else stop) if evaluate else None
                     self.watchdog.begins("saving")
                     self._save(step, scores)
                 if stop.requested and step < steps:
@@ -150,9 +150,21 @@ class Run:
         _log.info("%s: the run ended at step %d", self.run.path, int(self.state.step))
         return 0
 
-    def _evaluate(self, step: int) -> Scores:
-        """Loss over the whole validation split, BLEU and chrF over its first sentences, of the averaged parameters."""
+    def _evaluate(self, step: int, stop: StopRequest | None) -> Scores | None:
+        """The scores of a step, which the log gets as well; None where `stop` came before they were there."""
         self.watchdog.begins("evaluating")
+        try:
+            with nullcontext() if stop is None else stop.at_once():
+                scores = self._scores()
+        except Stopped:
+            _log.warning("step %d is evaluated when the run goes on", step)
+            return None
+        if self.writer is not None:
+            self.writer.write({"step": step, "kind": "validation", **scores})
+        return scores
+
+    def _scores(self) -> Scores:
+        """Loss over the whole validation split, BLEU and chrF over its first sentences, of the averaged parameters."""
         parameters = self.state.averaged()
         sums = [
             self.trainer.evaluation_step(
@@ -166,10 +178,7 @@ class Run:
         sources, references = zip(*self.validation_text, strict=True)
         with device_memory.explained(*device_memory.TRANSLATING):
             hypotheses = [translation.text for translation in self.translator.translate(sources)]
-        scores |= {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
-        if self.writer is not None:
-            self.writer.write({"step": step, "kind": "validation", **scores})
-        return scores
+        return scores | {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
 
     def _save(self, step: int, scores: Scores | None) -> None:
         plan = self.batches.plan

@@ -17,17 +17,35 @@ from tfm import hosts
 _log = logging.getLogger(__name__)
 
 
+class Stopped(Exception):
+    """What was being done when a signal came is to be left as it is."""
+
+
 class StopRequest:
     """A signal that asked the run to save and end."""
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
+        self._at_once = False
 
     def __call__(self, number: int, frame: Any) -> None:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C is not to be waited out
         self._signal = signal.Signals(number)
         _log.warning("%s: the run ends after this step and its checkpoint", self._signal.name)
+        if self._at_once:
+            raise Stopped
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While it lasts, a signal raises Stopped; so does one that came before. Not to be nested."""
+        self._at_once = True
+        try:
+            if self._signal is not None:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
 
     @property
     def requested(self) -> bool:
