@@ -395,7 +395,8 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> dict:
 
 
 def _same(found: dict, limit: float) -> bool:
-    return found["batches_with_the_same_hash"] == found["steps"] and found["loss_furthest_relative"] <= limit
+    furthest = max(found["loss_furthest_relative"], found["validation_loss_furthest_relative"])
+    return found["batches_with_the_same_hash"] == found["steps"] and furthest <= limit
 
 
 if __name__ == "__main__":

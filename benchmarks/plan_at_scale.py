@@ -74,7 +74,8 @@ class SimulatedStore:
 
 def _simulate(arguments: Arguments, files: dict[str, Path]) -> None:
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    columns = {name: np.memmap(path, FILES[name], "w+", shape=(arguments.pairs,)) for name, path in files.items()}
+    partial = {name: path.with_name(f"{path.name}.partial") for name, path in files.items()}
+    columns = {name: np.memmap(path, FILES[name], "w+", shape=(arguments.pairs,)) for name, path in partial.items()}
     for start in range(0, arguments.pairs, SHARD_PAIRS):
         size = min(SHARD_PAIRS, arguments.pairs - start)
         random = np.random.default_rng(start)
@@ -84,8 +85,9 @@ def _simulate(arguments: Arguments, files: dict[str, Path]) -> None:
             lengths = np.clip(np.rint(drawn), 2, LONGEST).astype(np.int64)
             columns[f"{side}_lengths"][start : start + size] = lengths
             columns[f"{side}_offsets"][start : start + size] = np.cumsum(lengths) - lengths
-    for column in columns.values():
+    for name, column in columns.items():
         column.flush()
+        partial[name].rename(files[name])
 
 
 def main() -> None:

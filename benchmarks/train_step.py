@@ -273,7 +273,7 @@ def main() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         os.environ["JAX_PLATFORMS"] = "cuda"
         arguments.threads = arguments.threads or [1]
-    report = {"what": vars(arguments), "python": platform.python_version(), "cpu": platform.processor(), "results": []}
+    report = {"what": vars(arguments), "python": platform.python_version(), "results": []}
     report["versions"] = {
         name: importlib.metadata.version(name) for name in ("jax", "torch") if importlib.util.find_spec(name)
     }

@@ -17,7 +17,7 @@ class Device:
         return {"bytes_limit": 3 * 2**30}
 
 
-def test_the_room_is_what_the_allocator_has_and_on_a_cpu_a_share_of_what_is_free():
+def test_the_room_is_what_the_allocator_has_and_on_a_cpu_a_share_of_the_system_s():
     assert device_memory.room_of(Device()) == 3 * 2**30
     room = device_memory.room_of(jax.devices("cpu")[0])
     assert (room is None and not sys.platform.startswith("linux")) or 2**20 < room < 2**50
@@ -31,10 +31,24 @@ def test_a_program_that_is_too_large_is_refused_and_one_that_fits_is_not():
     assert (caught.value.needed, caught.value.room) == (int(4.5 * 2**30), 3 * 2**30)
 
 
+def test_the_machine_s_own_memory_is_told_apart(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with (
+        pytest.raises(InputError, match=r"^a batch: this machine's own memory has run out, not its devices'$"),
+        device_memory.explained("a batch", "take less"),
+    ):
+        raise MemoryError
+
+
 @pytest.mark.parametrize(
-    "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nmore"), MemoryError()]
+    ("error", "platform"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nmore"), "gpu"),
+        (MemoryError(), "cpu"),
+    ],
 )
-def test_memory_that_runs_out_is_wrong_input(error, monkeypatch):
+def test_memory_that_runs_out_is_wrong_input(error, platform, monkeypatch):
+    monkeypatch.setattr(Device, "platform", platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     with (
         pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -20,8 +21,7 @@ def keep_freed_memory() -> None:
     One arena, since those of threads are mapped and unmapped whatever the other options say. A thread that has an arena
     keeps it, and hands it on, so this has to come before the first thread does: before libraries are imported.
     """
-    has_accelerator = bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
-    if has_accelerator and os.environ.get("JAX_PLATFORMS") != "cpu":
+    if _has_accelerator() and os.environ.get("JAX_PLATFORMS") != "cpu":
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -29,3 +29,9 @@ def keep_freed_memory() -> None:
         return
     for option, value in _KEEP_FREED.items():
         mallopt(option, value)
+
+
+def _has_accelerator() -> bool:
+    """libtpu alone is none: `tfm plan` compiles with it where there is no TPU."""
+    has_tpu = any(glob.glob(place) for place in ("/dev/accel*", "/dev/vfio/[0-9]*"))
+    return bool(entry_points(group="jax_plugins")) or (has_tpu and find_spec("libtpu") is not None)

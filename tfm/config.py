@@ -298,6 +298,11 @@ class Config:
         rows = self.training.target_tokens_per_batch // self.data.target_row_length
         return rows - rows % self.training.gradient_accumulation
 
+    @property
+    def validation_decoding(self) -> DecodingConfig:
+        """How the validation split is translated while training."""
+        return dataclasses.replace(self.decoding, beam_size=self.training.evaluate_beam_size, n_best=1, sampling=False)
+
     def validate(self) -> Config:
         """Returns the config itself. Raises ConfigError naming the fields that cannot stand together."""
         from tfm.config_checks import check_ranges, check_together, check_types

@@ -105,8 +105,7 @@ def check_together(config: Config) -> None:
         )
     if data.segmentations > 1 and data.tokenizer_model == "bpe" and data.segmentation_alpha > 1:
         raise ConfigError(
-            f"data.segmentation_alpha={data.segmentation_alpha}: with data.tokenizer_model=bpe it is a share, at "
-            "most 1"
+            f"data.segmentation_alpha={data.segmentation_alpha}: with data.tokenizer_model=bpe it is a share, at most 1"
         )
     rows = training.target_tokens_per_batch // data.target_row_length
     if rows < training.gradient_accumulation:

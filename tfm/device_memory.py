@@ -59,6 +59,8 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in first_line:
             raise
         device = jax.local_devices()[0]
+        if isinstance(error, MemoryError) and device.platform != "cpu":
+            raise OutOfDeviceMemory(f"{what}: this machine's own memory has run out, not its devices'") from error
         room = room_of(device)
         there = "" if room is None else f" of {room / _GIB:,.1f} GiB"
         message = f"{what}: the memory{there} of {device.device_kind} has run out ({first_line or 'MemoryError'})"

@@ -75,6 +75,7 @@ def together(config: Config) -> Iterator[None]:
             logging.getLogger("tfm").setLevel(logging.WARNING)
         _refuse_different_hosts(config)
         yield
+        meet()  # JAX's own barrier at the end has one deadline, and aborts the hosts that still work when it is over
     except BaseException as error:
         # Python's way out would wait for the others at a barrier, and they wait for this host in the middle of a step.
         if isinstance(error, InputError):
@@ -285,7 +286,7 @@ def meet() -> None:
     """Returns once all hosts have called this.
 
     Before they first compute together: the devices of one would not wait as long for the others as those may take to
-    read their data.
+    read their data. And before they end.
     """
     if count() == 1:
         return

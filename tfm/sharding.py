@@ -73,9 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             )
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
-        raise ConfigError(
-            f"{asked}: needs {math.prod(sizes)} devices, and there are {len(devices)}: set mesh.data=-1 for the rest"
-        )
+        raise ConfigError(f"{asked}: needs {math.prod(sizes)} devices, and there are {len(devices)}")
     auto = (AxisType.Auto,) * len(AXES)
     if sizes[0] % config.slices:
         raise ConfigError(

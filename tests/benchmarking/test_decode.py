@@ -1,5 +1,7 @@
 """What is timed is the Decoder's own search, for translations of a known length."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -56,6 +58,15 @@ def test_prefill_and_steps_make_up_the_search(tiny, make_peak, monkeypatch):
 
     monkeypatch.setattr(decode, "_timed", lambda *_: (times(*_)[0], [1.2]))  # lost in noise
     timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert timed["step_seconds_median"] is timed["prefill_seconds_median"] is None
+
+
+def test_one_token_has_no_further_step(tiny, make_peak):
+    few = dataclasses.replace(tiny, decoding=dataclasses.replace(tiny.decoding, sentences_per_batch=1))
+    peak = make_peak(jax.devices()[:1], jnp.dtype("float32"))
+    timing = DecodeTiming(length=1, steps=1, warmup=0)
+    timed = time_decoding(few, jax.devices()[:1], timing, peak, beams=1, sentences=3)
+    assert timed["rows_per_batch"] == 3 and timed["search_seconds_median"] > 0
     assert timed["step_seconds_median"] is timed["prefill_seconds_median"] is None
 
 

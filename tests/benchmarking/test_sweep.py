@@ -8,6 +8,7 @@ from tfm.benchmarking.decode import DecodeTiming
 from tfm.benchmarking.sweep import Sweep, benchmark_decoding, benchmark_training, train_config
 from tfm.benchmarking.train import TrainTiming
 from tfm.config import ConfigError, InputError, from_dict
+from tfm.device_memory import OutOfDeviceMemory
 
 
 def test_a_sweep_is_an_axis_and_its_values():
@@ -74,6 +75,30 @@ def test_decoding_has_the_latency_of_one_and_the_throughput_of_many(tiny, make_p
     assert points == [(1, 1), (1, 4), (2, 1), (2, 4)]
     assert report["latency_seconds_median"] == report["points"][2]["search_seconds_median"]
     assert report["sentences_per_second"] == report["points"][3]["sentences_per_second"]
+
+
+def test_a_sweep_is_refused_before_its_first_point_is_measured(tiny, make_peak, monkeypatch):
+    monkeypatch.setattr("tfm.benchmarking.sweep.time_training", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="do not divide over"):
+        benchmark_training(tiny, TrainTiming(), [], devices=2, sweep=Sweep("batch", (2, 3)), make_peak=make_peak)
+
+
+def test_a_point_that_does_not_fit_costs_none_of_the_others(tiny, make_peak, point, monkeypatch, caplog):
+    room = 4
+
+    def timed(config, *_):
+        if config.rows_per_batch > room:
+            raise OutOfDeviceMemory(f"a step of {config.rows_per_batch} rows: needs too much")
+        return point()
+
+    monkeypatch.setattr("tfm.benchmarking.sweep.time_training", timed)
+    sweep = Sweep("batch", (2, 4, 8))
+    report = benchmark_training(tiny, TrainTiming(), [], devices=1, sweep=sweep, make_peak=make_peak)
+    assert [p["batch"] for p in report["points"]] == [2, 4]
+    assert "a step of 8 rows: needs too much: left out" in caplog.text
+    room = 1
+    with pytest.raises(OutOfDeviceMemory, match="a step of 2 rows"):
+        benchmark_training(tiny, TrainTiming(), [], devices=1, sweep=sweep, make_peak=make_peak)
 
 
 def test_a_decoding_sweep_changes_one_thing(tiny, make_peak, monkeypatch):

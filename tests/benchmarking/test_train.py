@@ -1,7 +1,9 @@
 """What is timed is the Trainer's own step on packed batches, and the figures belong together."""
 
 import dataclasses
+import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from tfm import device_memory, sharding
 from tfm.benchmarking import programs, train
 from tfm.benchmarking.train import TrainTiming, time_training, trainer_of, unrolled_flops, workload
-from tfm.config import ConfigError, MeshConfig
+from tfm.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 
@@ -111,6 +113,29 @@ def test_xla_counts_the_same_however_the_step_is_laid_out(tiny, devices, timed):
     assert unrolled_flops(tiny, 100, on_two) == pytest.approx(timed["hardware_flops"], rel=1e-3)
     again = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, remat="full"))
     assert unrolled_flops(again, 100, mesh) > 1.2 * timed["hardware_flops"]
+
+
+def test_the_formula_counts_what_xla_counts():
+    """Of a model that is wide enough for its products to be nearly all."""
+    model = ModelConfig(d_model=256, d_ff=1024, num_heads=4, encoder_layers=1, decoder_layers=1)
+    data = DataConfig(vocab_size=512, source_row_length=64, target_row_length=64)
+    config = Config(model=model, data=data, training=TrainingConfig(target_tokens_per_batch=8 * 64))
+    counted = unrolled_flops(config, 512, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    assert counted == pytest.approx(train_step_flops(model, 512, 8, 64, 64), rel=0.03)
+
+
+def test_figures_follow_from_the_clock(tiny, devices, peak, monkeypatch):
+    """A clock that goes faster and faster: stages of 1, 3 and 5 s, a step of 9 s before the five that count."""
+    clock = SimpleNamespace(perf_counter=map(lambda n: float(n * n), itertools.count()).__next__)
+    monkeypatch.setattr(programs, "time", clock)
+    timed = time_training(tiny, devices, TrainTiming(steps=5, warmup=1), peak)
+    stages = [timed[f"compile_{stage}seconds"] for stage in ("", "trace_", "lower_", "backend_")]
+    assert stages == [9, 1, 3, 5]
+    steps = [13, 17, 21, 25, 29]
+    assert timed["step_seconds_median"] == 21
+    assert timed["step_seconds_p10"] == pytest.approx(np.percentile(steps, 10))
+    assert timed["target_tokens_per_second"] * 21 == pytest.approx((1 - timed["target_padding"]) * 8 * 48)
+    assert timed["mfu"] == pytest.approx(timed["model_flops"] / 21 / timed["matmul_peak_flops"])
 
 
 def test_a_mesh_has_collectives_and_rates_for_each_device(tiny, make_peak):

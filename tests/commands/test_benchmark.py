@@ -74,6 +74,11 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
         (["train", "CONFIG", "--sweep=bach=2"], "--sweep=bach=2: no axis 'bach'; did you mean batch?"),
         (["train", "CONFIG", "--picture=a.png"], "--picture: only a sweep is drawn; add --sweep"),
         (["train", "CONFIG", "--json=none/a.json"], "none/a.json: cannot be written: No such file or directory"),
+        (["train", "CONFIG", "--sweep=devices=1,2", "--devices=2"], "--devices and --sweep=devices=1,2 say both"),
+        (["decode", "CONFIG", "--sweep=batch=1,2", "--batches=3"], "--batches and --sweep=batch=1,2 say both"),
+        (["decode", "CONFIG", "--sweep=length=8", "--batches", "1", "8"], "--batches: a sweep along length has one"),
+        (["train", "CONFIG", "--sweep=batch=2", "--picture=-"], "--picture=-: a picture is not written to standard"),
+        (["train", "CONFIG", "--json=~nobody-here/a"], "~nobody-here/a: there is no home directory of that name"),
         (["train", "CONFIG", "--json=.", "--sweep=batch=2"], ".: cannot be written: Is a directory"),
         (
             ["train", "CONFIG", "--json=a.png", "--sweep=batch=2"],

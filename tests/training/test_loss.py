@@ -68,8 +68,12 @@ def test_sums_are_those_of_the_definition(case, smoothing, chunks):
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 8])
-def test_gradient_is_that_of_a_plain_implementation(case, chunks):
-    expected = jax.grad(plain, argnums=(0, 1))(*case, 0.1, VOCAB)
+def test_gradient_is_that_of_a_plain_implementation_in_float64(case, chunks):
+    with jax.enable_x64(True):
+        x_BTD, table_VD, *rest = case
+        in_double = [jnp.asarray(part, jnp.float64) for part in (x_BTD, table_VD)]
+        expected = jax.grad(plain, argnums=(0, 1))(*in_double, *rest, 0.1, VOCAB)
+        assert expected[0].dtype == jnp.float64
     for mine, theirs in zip(gradients(case, chunks), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-6)
 

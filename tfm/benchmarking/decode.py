@@ -84,8 +84,8 @@ def time_decoding(
     search, after_one_step = (float(np.median(times)) for times in seconds)
     # The end takes a step, since beams are ranked by its log-probability, too; greedy search without scores has none.
     steps = timing.length + (beams > 1)
-    step = (search - after_one_step) / (steps - 1)
-    # Noise can hide a search of a few milliseconds: unknown is better than 0.
+    step = (search - after_one_step) / (steps - 1) if steps > 1 else 0.0
+    # Noise can hide a search of a few milliseconds, and one step has no further one: unknown is better than 0.
     resolved = 0 < step < after_one_step
     shape = (bucket.rows, beams, bucket.length, bucket.room)
     flops = prefill_flops(config.model, bucket.rows, bucket.length)
@@ -143,6 +143,7 @@ def _decoder(
         max_extra_tokens=0,
         max_source_length=length + 1,
         tokens_per_batch=rows * (length + 1),
+        sentences_per_batch=0,
     )
     model = Transformer(
         config.model, config.data.vocab_size, compute_dtype(config.model, mesh.devices.flat[0].platform)

@@ -67,7 +67,6 @@ def report(
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "device": device(best.devices[0]),
-        "matmul_peak_flops": best.flops,
         "matmul_peaks": [{"devices": len(peak.devices), **one} for peak in peaks for one in peak.measured],
         **points[-1],
         "points": list(points),

@@ -17,7 +17,9 @@ from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
 from tfm.benchmarking.train import TrainTiming, time_training
 from tfm.config import Config, InputError
+from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.transformer import compute_dtype
+from tfm.training.step import check_rows
 
 _log = logging.getLogger(__name__)
 
@@ -94,13 +96,21 @@ def benchmark_training(
     _check_counts(timing.steps, timing.warmup)
     most = max(sweep.values) if sweep and sweep.axis == "devices" else devices
     present, peaks = sharding.first_devices(most), _Peaks(config, make_peak)
-    points = []
+    cases = []
     for value in sweep.values if sweep else (None,):
         changed, used = config, present
         if sweep is not None:
             changed = train_config(config, sweep.axis, value)
             used = present[:value] if sweep.axis == "devices" else present
-        point = time_training(changed, used, _with_folder(timing, sweep, value), peaks.of(used))
+        check_rows(changed, sharding.make_mesh(changed.mesh, used))  # of all, before the first is measured
+        cases.append((value, changed, used))
+    points: list[dict[str, Any]] = []
+    for value, changed, used in cases:
+        try:
+            point = time_training(changed, used, _with_folder(timing, sweep, value), peaks.of(used))
+        except OutOfDeviceMemory as error:
+            _leave_out(error, points)
+            continue
         points.append(point if sweep is None else {sweep.axis: value, **point})
         _log.info("%.4g target tokens/s, MFU %.3f", point["target_tokens_per_second"], point["mfu"])
     return _swept(report("train", config, argv, list(peaks.by_devices.values()), points), sweep)
@@ -160,7 +170,11 @@ def benchmark_decoding(
             if changed.profile is not None:
                 folder = changed.profile / f"beam-{beam}-sentences-{case.sentences}"
                 changed = dataclasses.replace(changed, profile=folder)
-            point = time_decoding(config, used, changed, peaks.of(used), beams=beam, sentences=case.sentences)
+            try:
+                point = time_decoding(config, used, changed, peaks.of(used), beams=beam, sentences=case.sentences)
+            except OutOfDeviceMemory as error:
+                _leave_out(error, points)
+                continue
             points.append(point if sweep is None else {sweep.axis: case.value, **point})
             _log.info("beam %d: %.4g sentences/s of %d", beam, point["sentences_per_second"], case.sentences)
     made = report("decode", config, argv, list(peaks.by_devices.values()), points)
@@ -168,6 +182,13 @@ def benchmark_decoding(
     if alone:
         made["latency_seconds_median"] = alone[0]
     return _swept(made, sweep)
+
+
+def _leave_out(error: OutOfDeviceMemory, points: Sequence[Any]) -> None:
+    """Says that a point does not fit; raises the error where none has been measured, since the others may be larger."""
+    if not points:
+        raise error
+    _log.error("%s: left out", error)
 
 
 class _Case(NamedTuple):

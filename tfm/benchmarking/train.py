@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,7 +77,10 @@ def workload(config: Config, lengths: Lengths) -> Iterator[Workload]:
         yield Workload(data.vocab_size, TrainBatches(SyntheticStore(table), data.train_split, config))
         return
     with contextlib.ExitStack() as stack:
-        directory = data.store or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store"
+        if data.store is not None:
+            directory = os.path.expanduser(data.store)
+        else:
+            directory = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
         store = prepare(config, directory)
         yield Workload(store.tokenizer.vocab_size, TrainBatches(store, data.train_split, config, remember=False))
 

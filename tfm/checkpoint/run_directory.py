@@ -227,7 +227,15 @@ def as_path(path: str | os.PathLike[str]) -> Any:
         for protocol in (address.partition("://")[0], "gcs"):  # gs:// is opened under either name
             fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
         return epath.Path(path)
-    return Path(path).expanduser().absolute()
+    return at_home(Path(path)).absolute()
+
+
+def at_home(path: Path) -> Path:
+    """The path with the home directory for ~. Raises InputError where that is of nobody."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no home directory of that name: write the path out") from error
 
 
 def write_atomically(path: AnyPath, data: bytes) -> None:

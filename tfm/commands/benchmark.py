@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -89,10 +89,12 @@ def main(argv: list[str]) -> int:
     from tfm.benchmarking.sweep import Sweep
 
     sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)
+    _refuse_overridden(arguments)
     if arguments.json is not None:
         check_writable(arguments.json)
     picture = _picture(arguments)
     if picture is not None:
+        refuse_standard_output("--picture", picture)
         if picture == arguments.json:
             raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
         check_writable(picture)
@@ -111,6 +113,19 @@ def main(argv: list[str]) -> int:
 
         draw(report, picture)
     return 0
+
+
+def _refuse_overridden(arguments: _Both) -> None:
+    """Raises InputError at an option that the sweep would set in its place."""
+    if arguments.sweep is None:
+        return
+    axis = arguments.sweep.partition("=")[0]
+    name = "batches" if axis == "batch" else axis
+    default = {field.name: field.default for field in dataclasses.fields(arguments)}
+    if name in default and getattr(arguments, name) != default[name]:
+        raise InputError(f"--{name} and --sweep={arguments.sweep} say both what is measured: leave one of them out")
+    if len(getattr(arguments, "batches", None) or ()) > 1:
+        raise InputError(f"--batches: a sweep along {axis} has one number of sentences: name one")
 
 
 def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str]) -> dict[str, Any]:

@@ -184,6 +184,12 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def refuse_standard_output(option: str, path: Path) -> None:
+    """Raises InputError where an option that needs a file was given `-`."""
+    if path == STANDARD_OUTPUT:
+        raise InputError(f"{option}=-: a picture is not written to standard output: name a .png file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file, or to standard output for `-`. Raises InputError naming what cannot be written."""
     try:

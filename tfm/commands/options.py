@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tfm import config as tfm_config
-from tfm.checkpoint.run_directory import as_path
+from tfm.checkpoint.run_directory import as_path, at_home
 from tfm.config import Config, ConfigError, InputError
 from tfm.config_checks import check_types, expected
 
@@ -87,7 +87,7 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
             raise
         raise InputError(_explain(command, given, types_by_name)) from stop
     # A shell expands ~ at the beginning of a word alone, and not in --workdir=~/runs/mine.
-    paths = {name: value.expanduser() for name, value in vars(options.own).items() if isinstance(value, Path)}
+    paths = {name: at_home(value) for name, value in vars(options.own).items() if isinstance(value, Path)}
     return dataclasses.replace(options.own, **paths), options.run.validate()
 
 
@@ -163,7 +163,7 @@ def _config_path(name: str) -> Path:
             f"--config={name}: no shipped config of that name{_near(name, shipped)}; there are {', '.join(shipped)}, "
             "or give the path of a .py file"
         )
-    path = Path(name)
+    path = at_home(Path(name))
     if not path.is_file():
         hint = f"; the shipped one is --config={path.stem}" if path.stem in shipped else ""
         raise InputError(f"--config={name}: no such file{hint}")
@@ -199,8 +199,10 @@ def _base_config(command: str, arguments: type, given: dict[str, tuple[str, ...]
     if wants_help:
         return Config()
     if "config" in own:
+        nothing = "" if workdir is None else f", and --workdir={workdir} holds no config.json"
         raise InputError(
-            f"--config is missing: name a shipped config ({', '.join(shipped_configs())}) or the path of a .py file"
+            f"--config is missing{nothing}: name a shipped config ({', '.join(shipped_configs())}) or the path of a "
+            ".py file"
         )
     if workdir is None:
         raise InputError(f"--workdir is missing: name the directory of a run; see tfm {command} --help")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -46,6 +46,10 @@ def main(argv: list[str]) -> int:
     if arguments.parameters and (len(arguments.meshes) > 1 or arguments.json or arguments.picture):
         given = "--json" if arguments.json else "--picture" if arguments.picture else "more than one of --meshes"
         raise InputError(f"--parameters prints a table for one mesh, and does not take {given}")
+    if arguments.picture is not None:
+        refuse_standard_output("--picture", arguments.picture)
+        if arguments.picture == arguments.json:
+            raise InputError(f"--json={arguments.json}: the picture would overwrite it: name another")
     for path in (arguments.json, arguments.picture):
         if path is not None:
             check_writable(path)
@@ -69,7 +73,7 @@ def main(argv: list[str]) -> int:
             print(report.sweep_table(plans))
     if arguments.json is not None:
         write_text(arguments.json, json.dumps(plans[0] if len(plans) == 1 else plans, indent=2) + "\n")
+    plan.refuse_what_does_not_fit(plans)
     if arguments.picture is not None:
         report.draw_sweep(plans, arguments.picture)
-    plan.refuse_what_does_not_fit(plans)
     return 0

@@ -22,7 +22,6 @@ from tfm.planning.collectives import expected_traffic, traffic
 from tfm.planning.compiled import (
     Compiled,
     Counts,
-    DecodeStep,
     OutOfMemory,
     activation_bytes,
     checkpoint_bytes,
@@ -130,7 +129,7 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
     _log.info("%s: compiled in %.0f s; now the decode step", topology.name, time.perf_counter() - start)
     plan |= _train_plan(trainer, topology, step)
     try:
-        plan["decode"] = _decode_plan(config, topology, compile_decode_step(config, mesh), mesh, plan)
+        plan["decode"] = _decode_plan(config, topology, mesh, plan)
     except OutOfMemory as error:
         plan["fits"], plan["lacking_bytes"] = False, error.needed - error.room
         plan["remedy"] = "lower decoding.tokens_per_batch"
@@ -228,12 +227,14 @@ def _expected(trainer: Trainer) -> dict[str, float] | None:
     )
 
 
-def _decode_plan(config: Config, topology: Topology, step: DecodeStep, mesh: Mesh, training: Plan) -> Plan:
-    """The decode step, and whether its cache has room beside the state of training, as it has to while validating."""
+def _decode_plan(config: Config, topology: Topology, mesh: Mesh, training: Plan) -> Plan:
+    """The decode step, and whether that of validation has room beside the state of training. Raises OutOfMemory."""
+    step = compile_decode_step(config, mesh)
     chip, counts, bucket = topology.chip, step.compiled.counts, step.bucket
     prediction = _prediction(counts, topology, mesh)
     state = sum(training["memory_per_chip"][f"{name}_bytes"] for name in ("parameters", "optimizer", "moving_average"))
-    beside = state + step.compiled.total_bytes
+    validating = dataclasses.replace(config, decoding=config.validation_decoding)
+    beside = state + (step if validating == config else compile_decode_step(validating, mesh)).compiled.total_bytes
     formula = decode_step_flops(
         config.model, config.data.vocab_size, bucket.rows, step.beams, bucket.length, bucket.room
     )

@@ -157,6 +157,6 @@ def draw_sweep(plans: Sequence[Plan], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, format="png")
     except (OSError, ValueError) as error:
         raise InputError(f"--picture={path}: cannot be written: {error}") from error

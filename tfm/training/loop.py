@@ -6,7 +6,6 @@ says of later steps, and go on with batch `step`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -70,10 +69,7 @@ class Run:
         self.batches = TrainBatches(store, config.data.train_split, config)
         self.validation = validation_batches(store, config.data.validation_split, config)
         self.validation_text = store.text(config.data.validation_split)[: config.training.evaluate_sentences]
-        decoding = dataclasses.replace(
-            config.decoding, beam_size=config.training.evaluate_beam_size, n_best=1, sampling=False
-        )
-        self.translator = Translator([self.model], mesh, store.tokenizer, decoding, scores=False)
+        self.translator = Translator([self.model], mesh, store.tokenizer, config.validation_decoding, scores=False)
         self.checkpointer = stack.enter_context(
             Checkpointer(
                 run,

@@ -81,7 +81,7 @@ class Trainer:
 
     def __init__(self, config: Config, model: Transformer, mesh: Mesh):
         self.config, self.model, self.mesh = config, model, mesh
-        _check_rows(config, mesh)
+        check_rows(config, mesh)
         platform = mesh.devices.flat[0].platform
         self.logits_per_chunk = LOGITS_PER_CHUNK.get(platform, LOGITS_PER_CHUNK["accelerator"])
         boxed = abstract_parameters(model)
@@ -222,7 +222,8 @@ class Trainer:
         return new_state, metrics
 
 
-def _check_rows(config: Config, mesh: Mesh) -> None:
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the rows of a batch don't divide over a mesh and the parts of a step."""
     rows, parts, length = config.rows_per_batch, config.training.gradient_accumulation, config.data.target_row_length
     shards = sharding.batch_shards(mesh)
     if rows % (shards * parts):
