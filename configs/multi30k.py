@@ -33,15 +33,18 @@ def get_config() -> Config:
             target_row_length=64,
         ),
         optimizer=OptimizerConfig(
-            schedule="cosine",
-            learning_rate=3e-3,
-            warmup_steps=800,
+            # A rate that never falls to nothing, and a long average in its place.
+            name="adamw",
+            weight_decay=0.1,
+            schedule="inverse_sqrt",
+            learning_rate=4e-3,
+            warmup_steps=1000,
             clip_norm=1.0,
-            ema_decay=0.998,
+            ema_decay=0.9995,
         ),
         training=TrainingConfig(
-            steps=8000,
-            target_tokens_per_batch=2560,
+            steps=6500,
+            target_tokens_per_batch=4096,
             unroll_layers=4,
             label_smoothing=0.1,
             evaluate_every=500,
@@ -50,5 +53,5 @@ def get_config() -> Config:
             keep_best=5,
         ),
         # Captions grow by far less, and the sooner a translation must end, the sooner a beam search knows its best.
-        decoding=DecodingConfig(length_penalty=1.4, max_extra_tokens=30, max_source_length=128, tokens_per_batch=4096),
+        decoding=DecodingConfig(length_penalty=1.8, max_extra_tokens=30, max_source_length=128, tokens_per_batch=4096),
     )
