@@ -1,9 +1,12 @@
 """What holds for the whole house: imports run one way, help answers at once, configs are sound, files have tests."""
 
+import gc
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -176,6 +179,30 @@ def test_every_module_has_its_tests(module):
     }
     mirrored = ROOT / "tests" / tests.get(module.as_posix(), module.with_name(f"test_{module.name}"))
     assert mirrored.is_file(), f"tfm/{module} has no {mirrored.relative_to(ROOT)}"
+
+
+def test_ctrl_c_while_garbage_is_collected_is_not_lost(monkeypatch, capsys):
+    """JAX has a callback there, and Python drops what a callback raises."""
+
+    def _xla_gc_callback(phase, info):
+        if phase == "stop":
+            gc.callbacks.remove(_xla_gc_callback)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def command(arguments):
+        gc.callbacks.append(_xla_gc_callback)
+        gc.collect()
+        time.sleep(10)
+        pytest.fail("it was lost")
+
+    monkeypatch.setattr("tfm.__main__._dispatch", command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["translate"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "tfm: interrupted\n"
 
 
 def test_the_readme_maps_every_file():

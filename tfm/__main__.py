@@ -8,9 +8,13 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from tfm import __version__
 from tfm.allocator import keep_freed_memory
@@ -23,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for wrong input, 130 for Ctrl-C, otherwise the command's own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _dispatch(arguments)
+        with _ctrl_c_is_never_lost():
+            status = _dispatch(arguments)
         _flush()
         return status
     except InputError as error:
@@ -37,6 +42,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has had enough. What is still buffered must not be flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextmanager
+def _ctrl_c_is_never_lost() -> Iterator[None]:
+    """While it lasts, Ctrl-C waits for the garbage collector: what its callbacks raise, and JAX has one, is dropped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name.endswith("gc_callback"):
+            again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            signal.default_int_handler(number, frame)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _flush() -> None:
