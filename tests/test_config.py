@@ -81,8 +81,11 @@ def test_what_may_be_zero_may_not_be_negative(name):
     assert refusal(**keyword(name, -1)) == f"{name}=-1: must be at least 0"
     rules = ("must be at least 0", "expected one whole number", "expected one whole number or None")
     assert refusal(**keyword(name, float("nan"))) in [f"{name}=nan: {rule}" for rule in rules]
-    if name not in ("optimizer.weight_decay", "data.segmentation_alpha"):  # without effect here, by rules of their own
-        override(**keyword(name, 0)).validate()
+    # What alone would have no effect, by rules of their own.
+    others = {"optimizer.weight_decay": "optimizer__name", "data.segmentation_alpha": "data__segmentations"}
+    needed = {"optimizer__name": "adamw", "data__segmentations": 2}
+    company = {others[name]: needed[others[name]]} if name in others else {}
+    override(**keyword(name, 0), **company).validate()
 
 
 @pytest.mark.parametrize("name", SHARES)

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from tfm.checkpoint.run_directory import at_home
 from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
@@ -171,7 +172,7 @@ def _compare(argv: list[str]) -> int:
                 print(f"usage: {_COMPARE_USAGE}")
                 return 0
             raise InputError(f"{option}: unknown option; usage: {_COMPARE_USAGE}")
-        where = Path(option.removeprefix("--json=")).expanduser()
+        where = at_home(Path(option.removeprefix("--json=")))
     if len(files) != 2:
         raise InputError(f"{len(files)} reports are given, and two are compared; usage: {_COMPARE_USAGE}")
     from tfm.benchmarking.compare import compare, comparison_table, read_report
