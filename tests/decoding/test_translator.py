@@ -14,6 +14,7 @@ import pytest
 from tfm.checkpoint import Checkpointer, RunDirectory
 from tfm.config import Config, ConfigError, DecodingConfig, InputError, MeshConfig, ModelConfig
 from tfm.data.tokenizer import EOS, Tokenizer, train_tokenizer
+from tfm.decoding import loading
 from tfm.decoding import translator as module
 from tfm.decoding.decoder import Bucket, bucket_of
 from tfm.decoding.search import Hypotheses
@@ -396,7 +397,7 @@ def test_a_piece_that_is_none_is_named_with_its_line(translator, piece):
     ],
 )
 def test_the_checkpoint_of_an_ensemble_s_member(text, expected):
-    assert module._member(text) == expected
+    assert loading._member(text) == expected
 
 
 def test_a_broken_model_still_gives_a_line_for_each_line(translator, parameters):

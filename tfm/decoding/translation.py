@@ -66,3 +66,8 @@ class Statistics:
     def padding(self) -> float:
         """Share of the source tokens that only fill shapes."""
         return 1 - self.source_tokens / max(self.padded_tokens, 1)
+
+
+def penalised(log_prob: float, tokens: int, alpha: float) -> float:
+    """What a beam search is for, of a translation of so many tokens and its end: `tfm.decoding.beam.length_penalty`."""
+    return log_prob / ((5 + tokens + 1) / 6) ** alpha

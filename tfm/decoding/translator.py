@@ -1,4 +1,4 @@
-"""Text in, text out: one translation for each line, in the order given, and the scores of given translations."""
+"""Text in, text out: one translation for each line, in the order given."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tfm import hosts, sharding
-from tfm.checkpoint import CheckpointReader, RunDirectory
+from tfm import sharding
 from tfm.config import Config, DecodingConfig, InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.cutting import cut
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
+from tfm.decoding.loading import load_models
+from tfm.decoding.scoring import score_windows
 from tfm.decoding.search import Hypotheses
-from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation
-from tfm.decoding.windows import PATIENCE, Windows
-from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
+from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation, penalised
+from tfm.decoding.windows import WINDOW_LINES, Windows, in_step, patience
+from tfm.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
-
-# Lines that are sorted into buckets together: enough to fill them. No more than three times as many are ever held.
-WINDOW_LINES = 8192
 
 
 @dataclass(frozen=True)
@@ -103,38 +99,10 @@ class Translator:
 
         Raises InputError where there is no usable run, or where one has another tokenizer.
         """
-        run = RunDirectory.open(workdir)
-        config = (config or run.config).validate()
-        tokenizer = _tokenizer(run)
-        mesh = mesh or sharding.decoding_mesh(config.mesh.tensor)
-        members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
-        for member in ensemble:
-            folder, which = _member(member)
-            other = RunDirectory.open(folder)
-            if _tokenizer(other).sha256 != tokenizer.sha256:
-                raise InputError(
-                    f"{other.tokenizer_path}: another tokenizer than {run.tokenizer_path}: models that translate "
-                    "together must share one"
-                )
-            members.append((other, other.config, which if which is not None else other.config.decoding.average))
-        models, parameters, steps = [], [], []
-        for its_run, its_config, which in members:
-            dtype = compute_dtype(its_config.model, mesh.devices.flat[0].platform)
-            model = Transformer(its_config.model, tokenizer.vocab_size, dtype)
-            boxed = abstract_parameters(model)
-            abstract = sharding.unboxed(boxed)
-            where = sharding.parameter_shardings(mesh, abstract, sharding.logical_axes(boxed))
-            abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
-            restored = CheckpointReader(its_run).restore_parameters(abstract, which)
-            _log.info(
-                "%s: translates with the parameters of step %s", its_run.path, ", ".join(map(str, restored.steps))
-            )
-            models.append(model)
-            parameters.append(restored.state)
-            steps.extend(restored.steps)
-        translator = cls(models, mesh, tokenizer, config.decoding, scores=scores)
-        translator.set_parameters(*parameters)
-        translator.steps = tuple(steps)
+        loaded = load_models(workdir, config, checkpoint, ensemble, mesh)
+        translator = cls(loaded.models, loaded.mesh, loaded.tokenizer, loaded.config.decoding, scores=scores)
+        translator.set_parameters(*loaded.parameters)
+        translator.steps = loaded.steps
         return translator
 
     def set_parameters(self, *parameters: Any) -> None:
@@ -158,11 +126,11 @@ class Translator:
         What is there is translated at once, up to `WINDOW_LINES`; while the devices work, the next lines are read and
         tokenized, and the last ones detokenized. `first` is the number of the first line, in messages and for draws.
         """
-        pairs = ((line, "") for line in lines) if prefixes is None else _in_step(lines, prefixes, "prefixes", first)
+        pairs = ((line, "") for line in lines) if prefixes is None else in_step(lines, prefixes, "prefixes", first)
         has_prefixes = prefixes is not None
         # What begins with a prefix may well go on for longer than its source lets expect.
         shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
-        with closing(Windows(pairs, WINDOW_LINES, _patience())) as windows:
+        with closing(Windows(pairs, WINDOW_LINES, patience())) as windows:
             before: tuple[_Window, list[_Started]] | None = None
             while before is not None or not windows.ended:
                 window, refused = self._window(windows.take(wait=before is None), first, has_prefixes)
@@ -237,12 +205,10 @@ class Translator:
         for (row, rank), text, its in zip(rows_and_ranks, self.tokenizer.decode(ids), ids, strict=True):
             log_prob = float(log_probs[row, rank])
             pieces = tuple(self.tokenizer.pieces(its))
-            found[row].append(Hypothesis(text, pieces, log_prob, log_prob / self._penalty(len(its))))
+            score = penalised(log_prob, len(its), self.config.length_penalty)
+            found[row].append(Hypothesis(text, pieces, log_prob, score))
         self.statistics.target_tokens += int(np.sum(lengths[is_whole, 0]))
         return found
-
-    def _penalty(self, tokens: int) -> float:
-        return ((5 + tokens + 1) / 6) ** self.config.length_penalty
 
     def _window(
         self, pairs: Sequence[tuple[str, str]], first: int, has_prefixes: bool
@@ -300,72 +266,7 @@ class Translator:
 
     def score_windows(self, sources: Iterable[str], targets: Iterable[str | Sequence[str]]) -> Iterator[list[Scored]]:
         """As `score`, for streams of any length."""
-        with closing(Windows(_in_step(sources, targets, "targets", 1), WINDOW_LINES, _patience())) as windows:
-            first = 1
-            while not windows.ended:
-                window = windows.take(wait=True)
-                yield self._score_window(window, first)
-                first += len(window)
-
-    def _score_window(self, window: Sequence[tuple[str, str | Sequence[str]]], first: int) -> list[Scored]:
-        sources = [[*ids, EOS] for ids in self.tokenizer.encode([source for source, _ in window])]
-        texts = iter(self.tokenizer.encode([target for _, target in window if isinstance(target, str)]))
-        targets = []
-        for number, (_, target) in enumerate(window, first):
-            try:
-                targets.append([*(next(texts) if isinstance(target, str) else self.tokenizer.ids(target)), EOS])
-            except InputError as error:
-                raise InputError(f"line {number}: {error}") from error
-        scored = [Scored((), (), 0.0, 0.0)] * len(window)
-        buckets: dict[Bucket, list[int]] = defaultdict(list)
-        longest = self.decoder.score_buckets[-1].length
-        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            if (size := max(len(source), len(target))) > longest:
-                scored[index] = Scored((), (), math.nan, math.nan)
-                _log.warning(
-                    "line %d has %d tokens on one side, more than %d, and gets no score: raise "
-                    "decoding.max_source_length",
-                    *(first + index, size, longest),
-                )
-            elif size > 1:
-                buckets[bucket_of(self.decoder.score_buckets, size)].append(index)
-        started = []
-        for bucket, members in sorted(buckets.items()):
-            for at in range(0, len(members), bucket.rows):
-                batch = members[at : at + bucket.rows]
-                log_probs = self.decoder.score(bucket, [sources[i] for i in batch], [targets[i] for i in batch])
-                started.append((batch, log_probs))
-                self.statistics.padded_tokens += bucket.rows * bucket.length
-        for batch, log_probs in started:
-            log_probs_BT = sharding.on_host(log_probs)
-            for row, index in enumerate(batch):
-                length = len(targets[index])
-                values = log_probs_BT[row, :length]
-                total = float(np.sum(values, dtype=np.float32))
-                pieces = tuple(self.tokenizer.pieces(targets[index][:-1]))
-                scored[index] = Scored(pieces, tuple(values.tolist()), total, total / self._penalty(length - 1))
-                self.statistics.source_tokens += len(sources[index])
-                self.statistics.target_tokens += length - 1
-        self.statistics.lines += len(window)
-        self.statistics.sentences += len(window)
-        return scored
-
-
-def _patience() -> float | None:
-    """Several hosts translate one batch together, so each has to make the same ones of the same stream."""
-    return PATIENCE if hosts.count() == 1 else None
-
-
-def _tokenizer(run: RunDirectory) -> Tokenizer:
-    if not run.tokenizer_path.exists():
-        raise InputError(f"{run.tokenizer_path}: is missing: the run directory is not whole")
-    return Tokenizer.load(run.tokenizer_path)
-
-
-def _member(text: str) -> tuple[str, str | None]:
-    """The run directory and the checkpoint of WORKDIR or WORKDIR@CHECKPOINT; a directory above may have an @, too."""
-    folder, at, checkpoint = text.rpartition("@")
-    return (folder, checkpoint) if at and "/" not in checkpoint else (text, None)
+        return score_windows(self.decoder, self.tokenizer, self.statistics, sources, targets)
 
 
 def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
@@ -384,11 +285,3 @@ def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
             )
         )
     return tuple(joined)
-
-
-def _in_step(lines: Iterable[Any], others: Iterable[Any], what: str, first: int) -> Iterator[tuple[Any, Any]]:
-    """Pairs of lines; `what` names the others where there are not as many of them."""
-    for number, (line, other) in enumerate(zip_longest(lines, others), first):
-        if line is None or other is None:
-            raise InputError(f"there are {'more' if line is None else 'fewer'} {what} than lines: {number - 1} of both")
-        yield line, other

@@ -6,9 +6,16 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from itertools import zip_longest
+from typing import Any, Generic, TypeVar
+
+from tfm import hosts
+from tfm.config import InputError
 
 T = TypeVar("T")
+
+# Lines that are sorted into buckets together: enough to fill them. No more than three times as many are ever held.
+WINDOW_LINES = 8192
 
 # Seconds in which a window is filled, once its first item is there. Reading a file takes far less, and translating a
 # window far more; of a slow stream, what it gave in that time is translated.
@@ -91,3 +98,19 @@ class Windows(Generic[T]):
     def close(self) -> None:
         """Lets the thread end with the item that it is reading."""
         self._closed = True
+
+
+def patience() -> float | None:
+    """`PATIENCE` on one host. Several translate one batch together, so each has to make the same ones of a stream."""
+    return PATIENCE if hosts.count() == 1 else None
+
+
+def in_step(lines: Iterable[Any], others: Iterable[Any], what: str, first: int) -> Iterator[tuple[Any, Any]]:
+    """Pairs of lines, counted from `first`.
+
+    Raises InputError where one side has more; `what` names the others.
+    """
+    for number, (line, other) in enumerate(zip_longest(lines, others), first):
+        if line is None or other is None:
+            raise InputError(f"there are {'more' if line is None else 'fewer'} {what} than lines: {number - 1} of both")
+        yield line, other
