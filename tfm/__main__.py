@@ -20,7 +20,7 @@ from tfm import __version__
 from tfm.allocator import keep_freed_memory
 from tfm.config import InputError
 
-COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "plan", "benchmark", "demo")
+COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "explain", "plan", "benchmark", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`prepare`, `translate`, `score` and `evaluate` as a user types them, on a run of a few steps."""
+"""`prepare`, `translate`, `score`, `evaluate` and `explain` as a user types them, on a run of a few steps."""
 
 import io
 import json
@@ -230,3 +230,40 @@ def test_evaluate_leaves_earlier_results_where_it_cannot_run(trained, capsys, tm
     argv = ["evaluate", f"--workdir={trained}", f"--json={tmp_path / 'scores.json'}", f"--output={tmp_path / 'out'}"]
     assert main([*argv, "--checkpoint=999"]) == 2
     assert {(tmp_path / name).read_text() for name in ("scores.json", "out")} == {"earlier"}
+
+
+def test_explain_shows_where_the_model_looks(trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    argv = ["explain", f"--workdir={trained}", "--source=red blue green", "--json=weights.json"]
+    assert main(argv) == 0
+    translation, head, *rows = capsys.readouterr().out.split("\n")[:-1]
+    found = json.loads((tmp_path / "weights.json").read_bytes())
+    assert translation == found["translation"]
+    assert head.split() == ["token", "log", "prob", "looks", "at"]
+    assert [row.split()[1] for row in rows] == found["target_tokens"] and found["target_tokens"][-1] == "</s>"
+    assert {kind: len(layers) for kind, layers in found["attention"].items()} == dict(cross=1, encoder=1, decoder=1)
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*argv[:-1], "--json=-", "--target=green", "--attention=encoder", "--layer=1"]) == 0
+    given = json.loads(capsys.readouterr().out)
+    assert given["translation"] == "green" and given["source_tokens"] == found["source_tokens"]
+    assert given["attention"]["encoder"] == found["attention"]["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--source= "], "the source is blank"),
+        (["--source=red", "--layer=2"], "--layer=2: the stack has layers 1 to 1"),
+        (["--source=" + "red " * 400], "more than decoding.max_source_length="),
+        (["--source=red", "--picture=no/where.png"], "no/where.png: cannot be written"),
+        (["--source=red", "--picture=-"], "a picture is not written to standard output"),
+        (["--source=red", "--json=a.png", "--picture=a.png"], "the picture would overwrite it"),
+        (["--source=red", "--hosts.count=2"], "has no effect on tfm explain"),
+    ],
+)
+def test_explain_refuses_what_it_cannot_show(trained, monkeypatch, capsys, tmp_path, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", f"--workdir={trained}", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())

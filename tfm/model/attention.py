@@ -72,13 +72,18 @@ def dot_product_attention(
     site: int = 0,
 ) -> jax.Array:
     """softmax(Q Kᵀ / √d_k) V, equation 1, the softmax in float32. `v` may have another head width. [B, T, H, K_v]."""
-    precision = matmul_precision(q_BTHK.dtype)
+    weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask_BTS)
+    weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key, site).astype(v_BSHK.dtype)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK, precision=matmul_precision(q_BTHK.dtype))
+
+
+def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """softmax(Q Kᵀ / √d_k) [B, H, T, S], float32: the share that a query takes of each key's value."""
     q_BTHK = q_BTHK / math.sqrt(q_BTHK.shape[-1])
+    precision = matmul_precision(q_BTHK.dtype)
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32)
     scores_BHTS = constrain(scores_BHTS, "activation_batch", "activation_heads", "activation_length", None)
-    weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
-    weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key, site).astype(v_BSHK.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK, precision=precision)
+    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
 
 
 def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
@@ -159,6 +164,8 @@ class MultiHeadAttention(nn.Module):
             self.query(x_BTD), "activation_batch", "activation_length", "activation_heads", "activation_kv"
         )
         k_BSHK, v_BSHK = self.keys_and_values(memory_BSD)
+        if self.is_mutable_collection("intermediates"):  # asked for by `transformer.all_attention_weights` alone
+            self.sow("intermediates", "weights_BHTS", attention_weights(q_BTHK, k_BSHK, sight.mask_BTS))
         rate = self.config.attention_dropout_rate if key is not None else 0.0
         out_BTHK = _fused(q_BTHK, k_BSHK, v_BSHK, sight) if rate == 0.0 else None
         if out_BTHK is None:

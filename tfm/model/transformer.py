@@ -69,7 +69,7 @@ class _Stack(nn.Module):
             apply_layer = nn.remat(apply_layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=unrolled)
         scan = nn.scan(
             apply_layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=self.depth,
             unroll=min(self.unroll, self.depth),
@@ -160,6 +160,30 @@ def _init(model: Transformer, key: jax.Array) -> Parameters:
         return model.logits(model(tokens, where, tokens, where))
 
     return nn.init(both, model)(key)["params"]
+
+
+class AttentionWeights(NamedTuple):
+    """What each query takes of each key, in every layer and head: shares that sum to 1 over the keys, float32."""
+
+    encoder_NBHSS: jax.Array
+    decoder_NBHTT: jax.Array
+    cross_NBHTS: jax.Array
+
+
+def all_attention_weights(
+    model: Transformer,
+    parameters: Parameters,
+    source_tokens_BS: jax.Array,
+    source: Tokens,
+    target_inputs_BT: jax.Array,
+    target: Tokens,
+) -> AttentionWeights:
+    """The weights of a pass over given sources and targets, whatever kernel the model has."""
+    variables, inputs = {"params": parameters}, (source_tokens_BS, source, target_inputs_BT, target)
+    _, state = model.apply(variables, *inputs, mutable=["intermediates"])
+    encoder, decoder = (state["intermediates"][stack]["layers"] for stack in ("encoder", "decoder"))
+    parts = encoder["self_attention"], decoder["self_attention"], decoder["cross_attention"]
+    return AttentionWeights(*(part["weights_BHTS"][0] for part in parts))
 
 
 def output_table(model: Transformer, parameters: Parameters) -> jax.Array:
