@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
+from tfm import Translator
 from tfm.config import Config, DataConfig, InputError
 from tfm.data.corpus import open_corpora
 from tfm.data.store import prepare
+from tfm.training.loop import train
 
 NUMBERS = {"train": range(40), "validation": range(40, 52)}
 
@@ -96,6 +98,23 @@ def test_tfds_set_becomes_a_store(wmt14, tmp_path, monkeypatch):
     assert tuple(decoded) == read("tfds:wmt14_translate/de-en", source="de", target="en")[3]
     assert len(store.manifest["sources"]) == 4
     assert prepare(Config(data=data), tmp_path / "store").corpus_hash == store.corpus_hash
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(("source", "target"), [("en", "de"), ("de", "en")])
+def test_both_directions_train(wmt14, tiny_config, tmp_path, monkeypatch, source, target):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(wmt14))
+    config = tiny_config(
+        {
+            **{"data.corpus": ("tfds:wmt14_translate/de-en",), "data.vocab_size": 330, "training.steps": 8},
+            **{"data.source_language": source, "data.target_language": target},
+        }
+    )
+    assert train(config, tmp_path / "run") == 0
+    events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1])
+    losses = [event["loss"] for event in events if event["kind"] == "train"]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
+    assert len(Translator.load(tmp_path / "run").translate([f"{source} sentence 41"])) == 1
 
 
 def test_split_that_the_set_lacks_names_those_it_has(wmt14, monkeypatch):
