@@ -1,6 +1,6 @@
 # Every target sets the environment up by itself, and does so again when the requirements change.
 #   make demo      train on the embedded corpus, translate, show the result
-#   make test      lint, then every test that takes seconds
+#   make test      lint, then every test that takes seconds, also those that compile for TPUs, without one
 #   make test-slow the tests that take minutes
 #   make lint      ruff and the import contract
 #   make setup     the environment alone; PYTHON=python3.12 chooses the interpreter, EXTRAS=cuda (or tpu) the accelerator;
@@ -12,6 +12,10 @@ VENV ?= .venv
 # Whole files, in the order that tests/conftest.py gives them: the longest first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
+# The compiler for TPUs lies beside the environment, where the tests alone see it: with it installed, JAX looks for a TPU
+# at each start, and complains of having found none.
+LIBTPU = $(VENV)/libtpu
+PYTEST = PYTHONPATH="$$(cd $(LIBTPU) && pwd)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest
 STAMP = $(VENV)/.requirements-installed$(addprefix -,$(EXTRAS))
 
 .PHONY: interpreter setup demo test test-slow lint clean
@@ -38,11 +42,20 @@ endif
 demo: $(STAMP)
 	$(BIN)/python -m tfm demo --workdir=runs/demo
 
-test: lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: lint $(LIBTPU)/.installed
+	$(PYTEST) $(PYTEST_FLAGS)
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --timeout=1800
+test-slow: $(STAMP) $(LIBTPU)/.installed
+	$(PYTEST) -m slow --timeout=1800
+
+# The version that JAX asks for. Other machines than Linux on x86-64 have none, and skip what takes it.
+$(LIBTPU)/.installed: $(STAMP)
+	@rm -rf $(LIBTPU) && mkdir $(LIBTPU)
+	@test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -c 'from importlib.metadata import requires; \
+	  print(*(r.partition(";")[0] for r in requires("jax") if r.startswith("libtpu")))' > $(LIBTPU)/requirements.txt
+	@test ! -e $(LIBTPU)/requirements.txt || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(LIBTPU) -r $(LIBTPU)/requirements.txt || echo "no libtpu: tests that compile for TPUs are skipped" >&2
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -91,6 +91,7 @@ def test_the_step_for_a_tpu_has_no_large_logits_no_generator_and_gives_its_state
     assert not [shape for shape in shapes if re.search(rf"f32\[(8,{length}|{8 * length}),384\]", shape)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
 def test_weights_that_fsdp_splits_are_gathered_whole_for_a_tpu_not_passed_on_piece_by_piece(tiny_config):
     """Else each product is a loop over as many pieces as there are chips, of which the plan counts one turn."""
