@@ -2,7 +2,9 @@
 
 import json
 
-from tfm.benchmarking.report import as_json, profile_table, table, versions
+import jax
+
+from tfm.benchmarking.report import as_json, device, profile_table, table, versions
 
 
 def test_a_table_has_a_line_for_each_point_and_only_what_there_is(point):
@@ -27,3 +29,11 @@ def test_what_is_no_number_is_null():
 
 def test_versions_are_of_what_decides_about_speed():
     assert {"tfm", "python", "jax", "jaxlib", "numpy"} <= set(versions())
+
+
+def test_what_the_environment_decides_is_told(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    monkeypatch.setenv("SOMETHING_ELSE", "secret")
+    environment = device(jax.devices()[0])["environment"]
+    assert environment["JAX_NUM_CPU_DEVICES"] == "2" and "XLA_FLAGS" in environment
+    assert "SOMETHING_ELSE" not in environment

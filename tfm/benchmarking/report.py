@@ -23,7 +23,7 @@ FORMAT = 1
 """Of reports: another number where names or meanings of figures have changed."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
-_ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS")
+_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "JAX_", "LIBTPU_", "MKL_", "OMP_", "XLA_")  # how the names of variables begin
 
 # What a table shows of a point: its key, a heading, how many of the unit make one of the table's, digits.
 _COLUMNS = (
@@ -96,7 +96,7 @@ def device(one: Any) -> dict[str, Any]:
         "host_processor": _processor(),
         "host_cores": cores,
         "host_system": platform.platform(),
-        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)},
     }
 
 
