@@ -60,3 +60,33 @@ def test_it_is_asked_for_before_libraries_are_imported():
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the option is glibc's")
+def test_what_is_kept_can_be_given_back():
+    """A hole of 96 MiB below something that stays: no end of the heap that could be cut off."""
+    program = """
+    import ctypes
+    from tfm.allocator import give_back_freed_memory, keep_freed_memory
+    keep_freed_memory()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    hole, stays = libc.malloc(96 * 2**20), libc.malloc(2**20)
+    libc.memset(hole, 1, 96 * 2**20)
+    full = resident()
+    libc.free(hole)
+    kept = resident()
+    give_back_freed_memory()
+    print(full - kept, full - resident())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
+    )
+    by_itself, asked = map(int, done.stdout.split())
+    assert by_itself < 2**20 and asked > 90 * 2**20

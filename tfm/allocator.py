@@ -31,6 +31,18 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def give_back_freed_memory() -> None:
+    """Gives what is free now back to the system, wherever it lies between what is not; glibc alone can.
+
+    Kept memory falls to pieces where large buffers of several sizes come and go beside small things that stay, and
+    grows by a buffer now and then.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
+
+
 def _has_accelerator() -> bool:
     """libtpu alone is none: `tfm plan` compiles with it where there is no TPU."""
     has_tpu = any(glob.glob(place) for place in ("/dev/accel*", "/dev/vfio/[0-9]*"))

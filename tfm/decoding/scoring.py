@@ -11,6 +11,7 @@ from contextlib import closing
 import numpy as np
 
 from tfm import sharding
+from tfm.allocator import give_back_freed_memory
 from tfm.config import InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
@@ -84,4 +85,6 @@ def _scored(
             statistics.target_tokens += length - 1
     statistics.lines += len(window)
     statistics.sentences += len(window)
+    if len(window) == WINDOW_LINES:
+        give_back_freed_memory()
     return scored

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tfm import sharding
+from tfm.allocator import give_back_freed_memory
 from tfm.config import Config, DecodingConfig, InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.cutting import cut
@@ -192,6 +193,8 @@ class Translator:
         self.statistics.lines += window.lines
         self.statistics.sentences += len(window.pieces)
         self.statistics.source_tokens += sum(len(piece.ids) for piece in window.pieces)
+        if window.lines == WINDOW_LINES:
+            give_back_freed_memory()
         return [Translation(_joined(parts)) for parts in of_lines]
 
     def _hypotheses(self, hypotheses: Hypotheses, rows: int) -> list[list[Hypothesis]]:
