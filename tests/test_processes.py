@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from tfm import sharding
+from tfm.benchmarking.peak import MatmulPeak
+from tfm.benchmarking.train import TrainTiming, time_training
 from tfm.checkpoint import CheckpointReader, RunDirectory
+from tfm.commands.options import load_config
 from tfm.data.tokenizer import Tokenizer
 from tfm.model.transformer import Transformer
 from tfm.training.step import Trainer
@@ -252,6 +255,25 @@ def test_two_hosts_translate_as_one_does_and_score_and_evaluate(place, two, reve
     program = Program(place, "translate-stdin", 2, 2, "-m", "tfm", "translate", f"--workdir={two}")
     assert program.statuses() == [2, 2]
     assert "name it with --input" in program.said(0)
+
+
+def test_two_hosts_are_timed_as_one(config_path, place):
+    options = [f"--config={config_path}", "--steps=1", "--warmup=1"]
+    reports = {}
+    for kind, more in (("train", []), ("decode", ["--length=5", "--beams", "2", "--batches", "8"])):
+        report = place / f"timed-{kind}.json"
+        command = ["-m", "tfm", "benchmark", kind, *options, *more, f"--json={report}"]
+        program = Program(place, f"timed-{kind}", 2, 4, *command)
+        assert program.statuses() == [0, 0], program.said(0) + program.said(1)
+        assert [b"target tokens/s" in output.read_bytes() for output in program.outputs] == [True, False]
+        reports[kind] = json.loads(report.read_text())
+        assert (reports[kind]["devices"], reports[kind]["device"]["processes"]) == (8, 2)
+    peak = MatmulPeak(jax.devices(), jax.numpy.dtype("float32"), sizes=(32,), seconds=0.001)
+    alone = time_training(load_config(str(config_path)), jax.devices(), TrainTiming(steps=1, warmup=1), peak)
+    assert reports["train"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    for key in ("model_flops", "target_padding", "collectives"):
+        assert reports["train"][key] == alone[key]
+    assert reports["decode"]["sentences"] == 8
 
 
 def test_hosts_with_other_options_are_named(config_path, place):

@@ -61,14 +61,19 @@ def test_an_asynchronous_collective_counts_where_it_starts(line, kind):
 
 def test_memory_is_the_device_s_where_it_counts():
     compiled, _ = programs.compiled_in_stages(jax.jit(lambda x: x + 1), jnp.ones(1024))
-    silent, counting, fuller = (
-        types.SimpleNamespace(memory_stats=lambda value=value: value)
-        for value in (None, {"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7})
+    silent, counting, fuller, elsewhere = (
+        types.SimpleNamespace(memory_stats=lambda value=value: value, process_index=host)
+        for value, host in (
+            (None, 0),
+            ({"peak_bytes_in_use": 5}, 0),
+            ({"peak_bytes_in_use": 7}, 0),
+            ({"peak_bytes_in_use": 9}, 1),
+        )
     )
     found = programs.memory(compiled, [silent])
     assert found["peak_device_memory_source"] == "program"
     assert found["peak_device_memory_bytes"] == found["program_memory_bytes"] >= 8 * 1024
-    found = programs.memory(compiled, [counting, fuller])
+    found = programs.memory(compiled, [counting, fuller, elsewhere])
     assert (found["peak_device_memory_source"], found["peak_device_memory_bytes"]) == ("device", 7)
 
 

@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import pytest
 
 from tfm.benchmarking.decode import DecodeTiming
-from tfm.benchmarking.sweep import Sweep, benchmark_decoding, benchmark_training, train_config
+from tfm.benchmarking.sweep import Sweep, benchmark_decoding, benchmark_training, devices_for, train_config
 from tfm.benchmarking.train import TrainTiming
 from tfm.config import ConfigError, InputError, from_dict
 from tfm.device_memory import OutOfDeviceMemory
@@ -42,7 +43,7 @@ def test_the_config_of_each_point(tiny):
 
 def test_a_training_report_says_how_to_make_it_again(tiny, make_peak):
     argv = ["train", "--config=a b.py"]
-    report = benchmark_training(tiny, TrainTiming(steps=1, warmup=0), argv, devices=1, make_peak=make_peak)
+    report = benchmark_training(tiny, TrainTiming(steps=1, warmup=0), argv, jax.devices()[:1], make_peak=make_peak)
     assert report["benchmark"] == "train"
     assert report["command"] == "tfm benchmark train '--config=a b.py'"
     assert {"jax", "numpy", "python", "tfm"} <= set(report["versions"])
@@ -60,9 +61,9 @@ def test_a_training_report_says_how_to_make_it_again(tiny, make_peak):
 
 
 def test_a_sweep_over_devices_keeps_the_rows_of_each(tiny, make_peak):
-    report = benchmark_training(
-        tiny, TrainTiming(steps=1, warmup=0), [], sweep=Sweep("devices", (1, 2)), make_peak=make_peak
-    )
+    sweep = Sweep("devices", (1, 2))
+    timing = TrainTiming(steps=1, warmup=0)
+    report = benchmark_training(tiny, timing, [], devices_for(None, sweep), sweep=sweep, make_peak=make_peak)
     assert report["sweep"] == {"axis": "devices", "values": [1, 2]}
     assert [(point["devices"], point["rows_per_batch"]) for point in report["points"]] == [(1, 8), (2, 16)]
     assert {one["devices"] for one in report["matmul_peaks"]} == {1, 2}
@@ -70,7 +71,7 @@ def test_a_sweep_over_devices_keeps_the_rows_of_each(tiny, make_peak):
 
 def test_decoding_has_the_latency_of_one_and_the_throughput_of_many(tiny, make_peak):
     timing = DecodeTiming(length=7, steps=1, warmup=1)
-    report = benchmark_decoding(tiny, timing, [], devices=1, make_peak=make_peak)
+    report = benchmark_decoding(tiny, timing, [], jax.devices()[:1], make_peak=make_peak)
     points = [(point["beam_size"], point["sentences"]) for point in report["points"]]
     assert points == [(1, 1), (1, 4), (2, 1), (2, 4)]
     assert report["latency_seconds_median"] == report["points"][2]["search_seconds_median"]
@@ -80,7 +81,9 @@ def test_decoding_has_the_latency_of_one_and_the_throughput_of_many(tiny, make_p
 def test_a_sweep_is_refused_before_its_first_point_is_measured(tiny, make_peak, monkeypatch):
     monkeypatch.setattr("tfm.benchmarking.sweep.time_training", lambda *_: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="do not divide over"):
-        benchmark_training(tiny, TrainTiming(), [], devices=2, sweep=Sweep("batch", (2, 3)), make_peak=make_peak)
+        benchmark_training(
+            tiny, TrainTiming(), [], jax.devices()[:2], sweep=Sweep("batch", (2, 3)), make_peak=make_peak
+        )
 
 
 def test_a_point_that_does_not_fit_costs_none_of_the_others(tiny, make_peak, point, monkeypatch, caplog):
@@ -93,12 +96,12 @@ def test_a_point_that_does_not_fit_costs_none_of_the_others(tiny, make_peak, poi
 
     monkeypatch.setattr("tfm.benchmarking.sweep.time_training", timed)
     sweep = Sweep("batch", (2, 4, 8))
-    report = benchmark_training(tiny, TrainTiming(), [], devices=1, sweep=sweep, make_peak=make_peak)
+    report = benchmark_training(tiny, TrainTiming(), [], jax.devices()[:1], sweep=sweep, make_peak=make_peak)
     assert [p["batch"] for p in report["points"]] == [2, 4]
     assert "a step of 8 rows: needs too much: left out" in caplog.text
     room = 1
     with pytest.raises(OutOfDeviceMemory, match="a step of 2 rows"):
-        benchmark_training(tiny, TrainTiming(), [], devices=1, sweep=sweep, make_peak=make_peak)
+        benchmark_training(tiny, TrainTiming(), [], jax.devices()[:1], sweep=sweep, make_peak=make_peak)
 
 
 def test_a_decoding_sweep_changes_one_thing(tiny, make_peak, monkeypatch):
@@ -110,18 +113,29 @@ def test_a_decoding_sweep_changes_one_thing(tiny, make_peak, monkeypatch):
 
     monkeypatch.setattr("tfm.benchmarking.sweep.time_decoding", timed)
     for sweep in (Sweep("batch", (2, 8)), Sweep("length", (3, 7)), Sweep("devices", (1, 2))):
-        benchmark_decoding(tiny, DecodeTiming(), [], beams=(1,), devices=1, sweep=sweep, make_peak=make_peak)
+        devices = devices_for(None if sweep.axis == "devices" else 1, sweep)
+        benchmark_decoding(tiny, DecodeTiming(), [], devices, beams=(1,), sweep=sweep, make_peak=make_peak)
     assert seen == [(1, 32, 1, 2), (1, 32, 1, 8), (1, 3, 1, 8), (1, 7, 1, 4), (1, 32, 1, 1), (2, 32, 1, 2)]
 
 
 @pytest.mark.parametrize(("counts", "message"), [({"steps": 0}, "--steps=0"), ({"warmup": -1}, "--warmup=-1")])
 def test_numbers_out_of_range_are_refused(tiny, counts, message):
     with pytest.raises(InputError, match=message):
-        benchmark_training(tiny, TrainTiming(**counts), [])
+        benchmark_training(tiny, TrainTiming(**counts), [], [])
     with pytest.raises(InputError, match=message):
-        benchmark_decoding(tiny, DecodeTiming(**counts), [])
+        benchmark_decoding(tiny, DecodeTiming(**counts), [], [])
 
 
-def test_more_devices_than_there_are_is_refused(tiny):
+def test_the_devices_are_as_many_as_the_largest_point_has():
+    assert devices_for(None, None) == devices_for(None, Sweep("batch", (99,))) == jax.devices()
+    assert devices_for(3, None) == devices_for(None, Sweep("devices", (1, 3, 2))) == jax.devices()[:3]
     with pytest.raises(ConfigError, match="99 devices are asked for, and there are 8"):
-        benchmark_training(tiny, TrainTiming(), [], devices=99)
+        devices_for(99, None)
+
+
+def test_several_hosts_measure_all_that_they_have(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert devices_for(None, None) == devices_for(8, None) == jax.devices()
+    for count, sweep in ((4, None), (None, Sweep("devices", (4, 8)))):
+        with pytest.raises(ConfigError, match="2 hosts are measured with all of their 8 devices"):
+            devices_for(count, sweep)

@@ -87,7 +87,6 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
         (["train", "CONFIG", "--devices=0"], "0 devices are asked for: at least one is needed"),
         (["decode", "CONFIG", "--devices=-1"], "-1 devices are asked for: at least one is needed"),
         (["decode", "CONFIG", "--length=0"], "must be at least 1"),
-        (["train", "CONFIG", "--hosts.count=2"], "--hosts.count=2: has no effect on tfm benchmark train"),
         (["train", "CONFIG", "--profile=/dev/null/x"], "--profile=/dev/null/x: cannot be written: Not a directory"),
         (["compare", "a.json"], "1 reports are given, and two are compared; usage: tfm benchmark compare"),
         (["compare", "a", "b", "--jsn=c"], "--jsn=c: unknown option; usage: tfm benchmark compare"),

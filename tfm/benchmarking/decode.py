@@ -74,7 +74,7 @@ def time_decoding(
     empty = functools.partial(decoder.decode, bucket, [])
     with device_memory.explained(f"{sentences:,} sentences with beams of {beams}"):
         seconds = _timed(full, empty, timing)
-    lengths_B = np.asarray(full().lengths_BW)[:sentences, 0]
+    lengths_B = sharding.on_host(full().lengths_BW)[:sentences, 0]
     if not np.all(lengths_B == timing.length):
         raise AssertionError(f"translations of {timing.length} tokens were asked for, and have {lengths_B}")
     compiled = decoder.search_program(bucket)
@@ -149,7 +149,8 @@ def _decoder(
         config.model, config.data.vocab_size, compute_dtype(config.model, mesh.devices.flat[0].platform)
     )
     decoder = Decoder([model], mesh, decoding, _BANNED, scores=False)
-    decoder.set_parameters(jax.jit(lambda: init_parameters(model, config.training.seed))())
+    initial = jax.jit(lambda: init_parameters(model, config.training.seed), out_shardings=sharding.replicated(mesh))
+    decoder.set_parameters(initial())
     return decoder, decoder.buckets[-1]
 
 
@@ -162,7 +163,7 @@ def _fitting_decoder(
         what = f"a search over {sentences:,} sentences of {length + 1} tokens with beams of {beams}"
         with device_memory.explained(what):
             decoder, bucket = _decoder(config, mesh, length, beams, sentences)
-            programs.refuse_larger(decoder.search_program(bucket), what, mesh.devices.flat[0])
+            programs.refuse_larger(decoder.search_program(bucket), what, mesh.local_devices[0])
         return decoder, bucket
 
     def fits(sentences: int) -> bool:

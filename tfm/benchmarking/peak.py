@@ -26,6 +26,9 @@ _AT_ONCE = 8  # products sent before the last is waited for, so that sending the
 class MatmulPeak:
     """The best rate of square matrix products, over sizes and over JAX, NumPy and PyTorch where that is installed.
 
+    Among several hosts each measures its own devices, while the others do the same, and takes all to be like its own:
+    nothing is computed together, so that hosts may differ in how often they try.
+
     Args:
       devices: all of them multiply at once, each its own matrices, and the rate is that of all together.
       dtype: of the matrices; what is not float32 is measured with JAX, and on a GPU with PyTorch.
@@ -38,6 +41,7 @@ class MatmulPeak:
     ) -> None:
         platform = devices[0].platform
         self.devices, self._dtype, self._seconds = tuple(devices), dtype, seconds
+        self._own = [device for device in devices if device.process_index == jax.process_index()]
         self.measured: list[dict[str, Any]] = []
         """One of each library and size: {"library", "size", "flops"}, FLOP/s."""
         libraries = ["jax"]
@@ -70,15 +74,16 @@ class MatmulPeak:
     def _flops(self, library: str, size: int) -> float | None:
         """FLOP/s; None where the library cannot use these devices."""
         if library == "jax":
-            products = _jax_products(self.devices, self._dtype, size)
+            products = _jax_products(self._own, self._dtype, size)
         elif library == "numpy":
             products = _numpy_products(size)
         else:
-            products = _torch_products(self.devices, self._dtype, size)
+            products = _torch_products(self._own, self._dtype, size)
         if products is None:
             return None
-        many = len(self.devices) if library == "jax" else 1
-        return 2.0 * size**3 * many / _fastest(products, self._seconds)
+        many = len(self._own) if library == "jax" else 1
+        hosts = len(self.devices) / len(self._own)
+        return hosts * many * 2.0 * size**3 / _fastest(products, self._seconds)
 
 
 def _fastest(products: Callable[[int], None], seconds: float) -> float:
@@ -104,7 +109,8 @@ def _jax_products(devices: Sequence[Any], dtype: jnp.dtype, size: int) -> Callab
     def filled(seed: int) -> jax.Array:
         return jax.random.normal(jax.random.key(seed), (len(devices), size, size), jnp.float32).astype(dtype)
 
-    a, b = (jax.jit(filled, static_argnums=0, out_shardings=where)(seed) for seed in range(2))
+    with jax.set_mesh(mesh):  # in place of a caller's, which may have the devices of other hosts
+        a, b = (jax.jit(filled, static_argnums=0, out_shardings=where)(seed) for seed in range(2))
 
     def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=matmul_precision(dtype))
@@ -112,8 +118,9 @@ def _jax_products(devices: Sequence[Any], dtype: jnp.dtype, size: int) -> Callab
     product = jax.jit(multiply, in_shardings=(where, where), out_shardings=where)
 
     def products(count: int) -> None:
-        for _ in range(count):
-            result = product(a, b)
+        with jax.set_mesh(mesh):
+            for _ in range(count):
+                result = product(a, b)
         jax.block_until_ready(result)
 
     return products

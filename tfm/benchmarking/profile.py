@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from tfm import hosts
 from tfm.config import InputError
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (?:\([^=]*?\)|\S+) ([\w-]+)\(")
@@ -57,8 +58,13 @@ def profiled(
 ) -> list[dict[str, float | str]]:
     """Traces `count` runs of a compiled program into `directory`; the table of `time_by_part`.
 
-    Raises InputError where nothing can be written there.
+    Of several hosts, which all run it, the first alone is traced; the others have an empty table. Raises InputError
+    where nothing can be written there.
     """
+    if not hosts.is_first():
+        for _ in range(count):
+            jax.block_until_ready(run())
+        return []
     check_profile(directory)
     before = set(directory.rglob("*.xplane.pb"))
     with jax.profiler.trace(str(directory)):

@@ -69,7 +69,7 @@ def lowered_flops(lowered: jax.stages.Lowered) -> float | None:
 
 
 def memory(compiled: jax.stages.Compiled, devices: list[Any]) -> dict[str, Any]:
-    """Peak bytes on the fullest device, and who says so.
+    """Peak bytes on the fullest device that this host has, and who says so.
 
     "device": what its allocator has seen at most since the process began. "program": where the device does not count
     (a CPU), the arguments, results and temporary buffers of the compiled program, those that share memory once.
@@ -83,7 +83,7 @@ def memory(compiled: jax.stages.Compiled, devices: list[Any]) -> dict[str, Any]:
             + analysis.temp_size_in_bytes
             - analysis.alias_size_in_bytes
         )
-    statistics = [device.memory_stats() or {} for device in devices]
+    statistics = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
     peaks = [each["peak_bytes_in_use"] for each in statistics if "peak_bytes_in_use" in each]
     return {
         "peak_device_memory_bytes": max(peaks) if peaks else program,

@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from tfm import sharding
+from tfm import hosts, sharding
 from tfm.benchmarking.decode import DecodeTiming, time_decoding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
 from tfm.benchmarking.train import TrainTiming, time_training
-from tfm.config import Config, InputError
+from tfm.config import Config, ConfigError, InputError
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.transformer import compute_dtype
 from tfm.training.step import check_rows
@@ -71,22 +72,39 @@ class _Peaks:
         return self.by_devices[len(devices)]
 
 
+def devices_for(count: int | None, sweep: Sweep | None) -> list[Any]:
+    """The devices of a benchmark: `count` of them, or as many as a sweep along them takes at most, or all.
+
+    To be called before anything asks for a device: those of a CPU are made here, simulated.
+
+    Raises ConfigError where there are fewer, and where several hosts should measure a part of what they have.
+    """
+    counts = sweep.values if sweep is not None and sweep.axis == "devices" else (count,)
+    devices = sharding.first_devices(max(counts) if counts != (None,) else None)
+    if hosts.count() > 1 and counts not in ((None,), (jax.device_count(),)):
+        raise ConfigError(
+            f"--devices and --sweep=devices: {hosts.count()} hosts are measured with all of their {jax.device_count()} "
+            "devices: start fewer hosts to measure fewer devices"
+        )
+    return devices
+
+
 def benchmark_training(
     config: Config,
     timing: TrainTiming,
     argv: Sequence[str],
+    devices: Sequence[Any],
     *,
-    devices: int | None = None,
     sweep: Sweep | None = None,
     make_peak: MakePeak = MatmulPeak,
 ) -> dict[str, Any]:
-    """The report of `tfm benchmark train`.
+    """The report of `tfm benchmark train`; several hosts call this together.
 
     Args:
       config: of the run.
       timing: what is timed, and how often.
       argv: what was typed after `tfm benchmark`.
-      devices: how many; all when None.
+      devices: of `devices_for`.
       sweep: along batch (rows), length (of source and target rows, with as many tokens a batch as the config has) or
         devices, with as many rows for each device as the config has for all.
       make_peak: measures the peak.
@@ -94,14 +112,13 @@ def benchmark_training(
     Raises InputError where the config does not fit the devices, or the corpus cannot be used.
     """
     _check_counts(timing.steps, timing.warmup)
-    most = max(sweep.values) if sweep and sweep.axis == "devices" else devices
-    present, peaks = sharding.first_devices(most), _Peaks(config, make_peak)
+    peaks = _Peaks(config, make_peak)
     cases = []
     for value in sweep.values if sweep else (None,):
-        changed, used = config, present
+        changed, used = config, devices
         if sweep is not None:
             changed = train_config(config, sweep.axis, value)
-            used = present[:value] if sweep.axis == "devices" else present
+            used = devices[:value] if sweep.axis == "devices" else devices
         check_rows(changed, sharding.make_mesh(changed.mesh, used))  # of all, before the first is measured
         cases.append((value, changed, used))
     points: list[dict[str, Any]] = []
@@ -134,22 +151,22 @@ def benchmark_decoding(
     config: Config,
     timing: DecodeTiming,
     argv: Sequence[str],
+    devices: Sequence[Any],
     *,
     beams: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
-    devices: int | None = None,
     sweep: Sweep | None = None,
     make_peak: MakePeak = MatmulPeak,
 ) -> dict[str, Any]:
-    """The report of `tfm benchmark decode`.
+    """The report of `tfm benchmark decode`; several hosts call this together.
 
     Args:
       config: of the run.
       timing: what is timed, and how often.
       argv: what was typed after `tfm benchmark`.
+      devices: of `devices_for`.
       beams: sizes of the beam; greedy search and the config's when None.
       batches: sentences translated at once; one, and as many as decoding.tokens_per_batch has room for, when None.
-      devices: how many; all when None, and on a CPU then one for each core, as for `tfm translate`.
       sweep: along batch (sentences), length or devices, with as many sentences for each device.
       make_peak: measures the peak.
 
@@ -157,15 +174,11 @@ def benchmark_decoding(
     """
     _check_counts(timing.steps, timing.warmup, timing.length, *(beams or ()), *(batches or ()))
     beams = sorted({1, config.decoding.beam_size} if beams is None else set(beams))
-    if sweep is not None and sweep.axis == "devices":
-        devices = max(sweep.values)
-    elif devices is None:
-        sharding.decode_on_every_core()
-    present, peaks = sharding.first_devices(devices), _Peaks(config, make_peak)
+    peaks = _Peaks(config, make_peak)
     points = []
     for beam in beams:
-        for case in _decoding_cases(config, timing.length, batches, len(present), sweep):
-            used = present[: case.devices]
+        for case in _decoding_cases(config, timing.length, batches, len(devices), sweep):
+            used = devices[: case.devices]
             changed = dataclasses.replace(_with_folder(timing, sweep, case.value), length=case.length)
             if changed.profile is not None:
                 folder = changed.profile / f"beam-{beam}-sentences-{case.sentences}"

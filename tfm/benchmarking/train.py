@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tfm import device_memory, sharding
+from tfm import device_memory, hosts, sharding
 from tfm.benchmarking import programs
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.profile import profiled
 from tfm.benchmarking.rates import per_second, utilisation
 from tfm.benchmarking.synthetic import SyntheticStore, SyntheticTable
-from tfm.config import Config
+from tfm.config import Config, ConfigError
 from tfm.data.batches import Batch, TrainBatches
-from tfm.data.store import prepare
+from tfm.data.store import open_store, prepare
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 from tfm.model.transformer import count_parameters
@@ -79,9 +79,11 @@ def workload(config: Config, lengths: Lengths) -> Iterator[Workload]:
     with contextlib.ExitStack() as stack:
         if data.store is not None:
             directory = os.path.expanduser(data.store)
+        elif hosts.count() > 1:
+            raise ConfigError("data.store: several hosts read one token store: name a directory that all of them see")
         else:
             directory = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
-        store = prepare(config, directory)
+        store = hosts.first_does(lambda: prepare(config, directory)) or open_store(directory, data.cache_dir)
         yield Workload(store.tokenizer.vocab_size, TrainBatches(store, data.train_split, config, remember=False))
 
 
@@ -162,7 +164,7 @@ class _Steps:
         self.compiled, self.compile_seconds = programs.compiled_in_stages(
             trainer.train_step, trainer.abstract_state, one
         )
-        programs.refuse_larger(self.compiled, _batch_of(trainer.config), trainer.mesh.devices.flat[0])
+        programs.refuse_larger(self.compiled, _batch_of(trainer.config), trainer.mesh.local_devices[0])
         self._state: TrainState = trainer.init()
         self._metrics: Any = None
         self._held = None if timing.pipeline else [one, *self._later_batches()]
@@ -218,7 +220,7 @@ def _hint(config: Config, vocab_size: int, mesh: Mesh) -> str:
         trainer = trainer_of(smaller, vocab_size, mesh)
         with jax.set_mesh(mesh):
             lowered = trainer.train_step.lower(trainer.abstract_state, _abstract_batch(smaller))
-        return programs.fits(lowered, mesh.devices.flat[0])
+        return programs.fits(lowered, mesh.local_devices[0])
 
     times = programs.largest_power_of_two(-(-config.rows_per_batch // least), fits)
     if times is None:

@@ -85,23 +85,39 @@ def main(argv: list[str]) -> int:
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
     arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
-    from tfm.benchmarking.profile import check_profile
-    from tfm.benchmarking.report import as_json, profile_table, table
-    from tfm.benchmarking.sweep import Sweep
+    from tfm import hosts, sharding
+    from tfm.benchmarking.sweep import Sweep, devices_for
 
     sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)
-    _refuse_overridden(arguments)
-    if arguments.json is not None:
-        check_writable(arguments.json)
+    if sweep is not None:
+        _refuse_overridden(arguments, sweep.axis)
     picture = _picture(arguments)
-    if picture is not None:
-        refuse_standard_output("--picture", picture)
-        if picture == arguments.json:
-            raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
-        check_writable(picture)
+    if isinstance(arguments, DecodeArguments) and arguments.devices is None and not (sweep and sweep.axis == "devices"):
+        sharding.decode_on_every_core()  # as `tfm translate` does
+    with hosts.together(config):
+        devices = devices_for(arguments.devices, sweep)
+        hosts.first_does(lambda: _check_outputs(arguments, picture))
+        report = _measured(arguments, config, sweep, argv, devices)
+        if hosts.is_first():
+            _show(arguments, report, picture)
+    return 0
+
+
+def _check_outputs(arguments: _Both, picture: Path | None) -> None:
+    """Raises InputError where something could not be written at the end."""
+    from tfm.benchmarking.profile import check_profile
+
+    for path in (arguments.json, picture):
+        if path is not None:
+            check_writable(path)
     if arguments.profile is not None:
         check_profile(arguments.profile)
-    report = _measured(arguments, config, sweep, argv)
+
+
+def _show(arguments: _Both, report: dict[str, Any], picture: Path | None) -> None:
+    """Tables on standard output, and the files that were asked for."""
+    from tfm.benchmarking.report import as_json, profile_table, table
+
     if arguments.json != STANDARD_OUTPUT:
         print(table(report["points"]))
         for point in report["points"]:
@@ -113,14 +129,10 @@ def main(argv: list[str]) -> int:
         from tfm.benchmarking.picture import draw
 
         draw(report, picture)
-    return 0
 
 
-def _refuse_overridden(arguments: _Both) -> None:
+def _refuse_overridden(arguments: _Both, axis: str) -> None:
     """Raises InputError at an option that the sweep would set in its place."""
-    if arguments.sweep is None:
-        return
-    axis = arguments.sweep.partition("=")[0]
     name = "batches" if axis == "batch" else axis
     default = {field.name: field.default for field in dataclasses.fields(arguments)}
     if name in default and getattr(arguments, name) != default[name]:
@@ -129,7 +141,7 @@ def _refuse_overridden(arguments: _Both) -> None:
         raise InputError(f"--batches: a sweep along {axis} has one number of sentences: name one")
 
 
-def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str]) -> dict[str, Any]:
+def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str], devices: list[Any]) -> dict[str, Any]:
     from tfm.benchmarking.decode import DecodeTiming
     from tfm.benchmarking.sweep import benchmark_decoding, benchmark_training
     from tfm.benchmarking.train import TrainTiming
@@ -138,28 +150,33 @@ def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str]) -> di
         timing = TrainTiming(
             arguments.lengths, arguments.pipeline, arguments.steps, arguments.warmup, arguments.profile
         )
-        return benchmark_training(config, timing, argv, devices=arguments.devices, sweep=sweep)
+        return benchmark_training(config, timing, argv, devices, sweep=sweep)
     timing = DecodeTiming(arguments.length, arguments.steps, arguments.warmup, arguments.profile)
     return benchmark_decoding(
         config,
         timing,
         argv,
+        devices,
         beams=arguments.beams,
         batches=arguments.batches,
-        devices=arguments.devices,
         sweep=sweep,
     )
 
 
 def _picture(arguments: _Both) -> Path | None:
-    """Where the picture goes. Raises InputError where there is no sweep to draw."""
+    """Where the picture goes. Raises InputError where there is no sweep to draw, and where it cannot go there."""
     if arguments.sweep is None:
         if arguments.picture is not None:
             raise InputError("--picture: only a sweep is drawn; add --sweep, such as --sweep=batch=32,64,128")
         return None
-    if arguments.picture is None and arguments.json not in (None, STANDARD_OUTPUT):
-        return arguments.json.with_suffix(".png")
-    return arguments.picture
+    picture = arguments.picture
+    if picture is None and arguments.json not in (None, STANDARD_OUTPUT):
+        picture = arguments.json.parent / f"{arguments.json.stem}.png"
+    if picture is not None:
+        refuse_standard_output("--picture", picture)
+        if picture == arguments.json:
+            raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
+    return picture
 
 
 def _compare(argv: list[str]) -> int:

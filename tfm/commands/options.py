@@ -39,7 +39,7 @@ class _Given:
         return " ".join([f"--{self.name}", *self.values])
 
 
-_ON_ONE_HOST = ("benchmark", "explain", "plan", "prepare")
+_ON_ONE_HOST = ("explain", "plan", "prepare")
 
 
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
