@@ -50,7 +50,8 @@ def saved(tmp_path_factory):
     run = RunDirectory.create(tmp_path_factory.mktemp("saved") / "run", Config())
     with Checkpointer(run) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, small_state(step), {"corpus": "abc"}, metric=float(-step))
+            checkpointer.save(step, small_state(step), {"corpus": "abc"})
+            checkpointer.note(step, float(-step))
     return run.path
 
 
@@ -325,7 +326,9 @@ def test_another_tokenizer_than_the_parameters_belong_to_is_refused(run):
 def test_the_newest_and_the_best_are_kept(run, best, kept):
     with Checkpointer(run, keep_last=2, keep_best=1, best=best) as checkpointer:
         for step, metric in enumerate([5.0, float("nan"), None, 1.0, 2.0, None, 3.0], start=1):
-            checkpointer.save(step, small_state(step), metric=metric)
+            checkpointer.save(step, small_state(step))
+            if metric is not None:
+                checkpointer.note(step, metric)
             checkpointer.wait()
             assert step in checkpointer.steps()
     assert CheckpointReader(run).steps() == kept
@@ -357,7 +360,9 @@ def test_parameters_alone(run):
     for step, metric in ((1, 0.5), (2, 0.9), (3, 0.1), (4, None)):
         ema = {"ema": jax.tree.map(lambda x: x + 100, small_state(step)["parameters"])}
         with Checkpointer(run, keep_last=9) as checkpointer:
-            checkpointer.save(step, small_state(step) | ema, metric=metric)
+            checkpointer.save(step, small_state(step) | ema)
+            if metric is not None:
+                checkpointer.note(step, metric)
     shape = abstract(small_state(0)["parameters"])
     reader = CheckpointReader(run)
     expected = {None: (2,), "best": (2,), "last": (4,), "3": (3,), 1: (1,)}
@@ -470,9 +475,18 @@ def test_reading_waits_for_the_save_under_way(run):
 
 def test_a_step_is_saved_once(run):
     with Checkpointer(run) as checkpointer:
-        checkpointer.save(1, small_state(1), metric=1.0)
-        checkpointer.save(1, small_state(2), metric=2.0)
+        checkpointer.save(1, small_state(1))
+        checkpointer.save(1, small_state(2))
     assert_same(CheckpointReader(run).restore(abstract(small_state(0))).state, small_state(1))
+
+
+def test_what_an_evaluation_gave_joins_the_checkpoint(copy):
+    """Also of a later process; and what is kept, is kept by it."""
+    with Checkpointer(copy, keep_last=1) as checkpointer:
+        checkpointer.note(3, float("inf"), {"scores": {"loss": None}})
+    assert CheckpointReader(copy).steps() == [1, 3]
+    restored = CheckpointReader(copy).restore(abstract(small_state(0)), 3)
+    assert (restored.metric, restored.metadata) == (None, {"corpus": "abc", "scores": {"loss": None}})
 
 
 def test_an_error_under_way_is_seen_by_polling(run, monkeypatch):
@@ -510,8 +524,8 @@ checkpointer = Checkpointer(RunDirectory.create(sys.argv[1], Config()), keep_las
 restored = checkpointer.resume(state(0))
 step = 0 if restored is None else restored.step
 for step in range(step + 1, step + 400):
-    checkpointer.save(step, state(step), metric=float(step % 7))
-    checkpointer.wait()
+    checkpointer.save(step, state(step))
+    checkpointer.note(step, float(step % 7))
     print(step, flush=True)
 """
 

@@ -417,7 +417,8 @@ def run(tokenizer, parameters, tmp_path_factory) -> RunDirectory:
     run.install_tokenizer(folder / "given.model")
     with Checkpointer(run) as checkpointer:
         for step, factor in ((1, 1.0), (2, 0.0)):
-            checkpointer.save(step, {"parameters": jax.tree.map(lambda p, f=factor: p * f, parameters)}, metric=-step)
+            checkpointer.save(step, {"parameters": jax.tree.map(lambda p, f=factor: p * f, parameters)})
+            checkpointer.note(step, -step)
     return run
 
 

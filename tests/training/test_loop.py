@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 
 from tfm.checkpoint import CheckpointReader, RunDirectory, run_directory
+from tfm.checkpoint.reader import ranked
 from tfm.commands import train as train_command
 from tfm.config import ConfigError, InputError
 from tfm.training import loop
@@ -145,11 +146,67 @@ def test_a_signal_ends_the_run_after_its_step(tiny_config, tmp_path, quiet_evalu
 
 def test_a_signal_at_the_last_step_does_not_cost_its_evaluation(tiny_config, tmp_path, quiet_evaluation):
     quiet_evaluation.append(7.0)
+    config = tiny_config({"training.steps": 2})
     with ExitStack() as stack:
-        run = started(tiny_config({"training.steps": 2}), tmp_path / "run", stack)
+        run = started(config, tmp_path / "run", stack)
         watch(run, [], before=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
-        assert run.go() == 0
-    assert [event["bleu"] for event in logged(tmp_path / "run", "validation")] == [7]
+        assert run.go() == 143
+    assert logged(tmp_path / "run", "validation") == []
+    assert train(config, tmp_path / "run") == 0
+    assert [(event["step"], event["bleu"]) for event in logged(tmp_path / "run", "validation")] == [(2, 7)]
+    assert train(config, tmp_path / "run") == 0  # once
+    assert len(logged(tmp_path / "run", "validation")) == 1
+
+
+def best_and_kept(workdir: Path) -> tuple[list[int], list[int]]:
+    reader = CheckpointReader(RunDirectory.open(workdir))
+    return ranked(reader._known()), reader.steps()
+
+
+def test_an_evaluation_that_fails_or_is_cut_off_costs_no_step_and_no_place_among_the_best(
+    tiny_config, tmp_path, monkeypatch
+):
+    bleu = {2: 5.0, 4: 9.0, 6: 7.0, 8: 6.0}
+    fate = {}
+
+    def evaluate(run):
+        step = int(run.state.step)
+        if step in fate:
+            fate.pop(step)()
+        return {"loss": 1.0, "bleu": bleu[step]}
+
+    def fail():
+        raise RuntimeError("no room")
+
+    def tell_to_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was waited out")
+
+    monkeypatch.setattr(Run, "_scores", evaluate)
+    config = tiny_config({"training.steps": 8, "training.evaluate_every": 2, "training.keep_last": 1})
+    assert train(config, tmp_path / "undisturbed") == 0
+    fate |= {2: fail, 4: tell_to_stop}
+    with pytest.raises(RuntimeError, match="no room"):
+        train(config, tmp_path / "run")
+    assert best_and_kept(tmp_path / "run") == ([], [2])
+    assert train(config, tmp_path / "run") == 143
+    assert best_and_kept(tmp_path / "run") == ([2], [2, 4])
+    assert train(config, tmp_path / "run") == 0
+    assert best_and_kept(tmp_path / "run") == best_and_kept(tmp_path / "undisturbed") == ([4, 8], [4, 8])
+    assert logged(tmp_path / "run", "validation") == logged(tmp_path / "undisturbed", "validation")
+
+
+def test_a_kill_between_the_log_and_the_checkpoint_loses_no_score(tiny_config, tmp_path, quiet_evaluation, monkeypatch):
+    quiet_evaluation += [9.0, 8.0]
+    config = tiny_config({"training.steps": 4, "training.evaluate_every": 2})
+    with monkeypatch.context() as killed:
+        killed.setattr(Run, "_note", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, tmp_path / "run")
+    assert best_and_kept(tmp_path / "run") == ([], [2])
+    assert train(config, tmp_path / "run") == 0
+    assert [(event["step"], event["bleu"]) for event in logged(tmp_path / "run", "validation")] == [(2, 9), (4, 8)]
+    assert best_and_kept(tmp_path / "run") == ([2, 4], [2, 4])
 
 
 def test_a_signal_ends_an_evaluation_that_the_next_start_makes_up_for(tiny_config, tmp_path, monkeypatch):
@@ -256,16 +313,14 @@ def test_a_tokenizer_that_was_brought_along_may_be_moved_once_the_run_has_it(fin
         assert run.run.tokenizer_path.read_bytes() == (finished / "tokenizer.model").read_bytes()
 
 
-def test_an_evaluation_that_is_not_finite_is_saved_and_is_not_the_best(
-    finished, tmp_path, quiet_evaluation, monkeypatch
-):
+def test_an_evaluation_that_is_not_finite_is_saved_and_is_not_the_best(finished, tmp_path):
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))
     with ExitStack() as stack:
         run = Run(RunDirectory.open(workdir).config, RunDirectory.open(workdir), stack)
         step = int(run.state.step) + 1
-        run._save(step, {"loss": float("nan"), "perplexity": float("inf"), "bleu": 0.0, "chrf": 0.0})
-        run.checkpointer.wait()
-        assert run.checkpointer.steps()[-1] == step
+        run._save(step)
+        run._note(step, {"loss": float("inf"), "perplexity": float("inf"), "bleu": float("nan"), "chrf": 0.0})
+        assert best_and_kept(workdir) == ([3], [3, step])
 
 
 def test_a_log_that_is_gone_is_begun_anew(finished, tmp_path):

@@ -85,24 +85,17 @@ class Checkpointer(CheckpointReader):
         self._finished = self._read_finished()
         return restored
 
-    def save(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        metadata: Mapping[str, Any] | None = None,
-        metric: float | None = None,
-    ) -> None:
+    def save(self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
         """Starts to save; returns once the arrays are copied from the device, so that they may be donated.
 
         Waits first for the save before this one, and raises as `wait` does when that failed. A step that is already
-        saved is left as it is. `metadata` is plain JSON; `metric` is None where the step was not evaluated.
+        saved is left as it is. `metadata` is plain JSON.
         """
         self.wait()
         if step in self._finished:
             return
-        metric = None if metric is None or not math.isfinite(metric) else float(metric)
         tokenizer = self.run.tokenizer_sha256()
-        manifest = Manifest(step, dict(metadata or {}), metric, self.best, tokenizer, storage.describe(state), files={})
+        manifest = Manifest(step, dict(metadata or {}), None, self.best, tokenizer, storage.describe(state), files={})
         manifest.to_bytes()  # raises here, not in the thread, when the metadata is not JSON
         try:
             if self._index == 0:
@@ -114,6 +107,28 @@ class Checkpointer(CheckpointReader):
             raise self._explained(step, error) from error
         self._thread = threading.Thread(target=self._finish, args=(response, manifest), name="checkpoint")
         self._thread.start()
+
+    def note(self, step: int, metric: float, metadata: Mapping[str, Any] | None = None) -> None:
+        """Adds to a saved step what its evaluation gave, so that it is kept for as long as it is among the best.
+
+        After the save, and not with it: no step is to be lost because an evaluation failed or took too long. `metadata`
+        joins that of the save; a metric that is not finite makes a step none of the best. Waits for the save under way
+        and raises as `wait` does, and InputError where nothing can be written.
+        """
+        self.wait()
+        found = self._finished[step]
+        metric = float(metric) if math.isfinite(metric) else None
+        noted = dataclasses.replace(
+            found, metric=metric, best=self.best, metadata=found.metadata | dict(metadata or {})
+        )
+        if self._index == 0:
+            try:
+                manifests.write(self._directory(step), noted)
+            except OSError as error:
+                raise unwritable(self.run.path, error) from error
+        self._finished[step] = noted
+        if self._index == 0:
+            self._remove_surplus()
 
     def poll(self) -> None:
         """Raises, as `wait` does, if the save under way has failed already; never waits."""

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import jax
@@ -101,16 +101,18 @@ class Run:
     def go(self) -> int:
         """The steps from the current one on. Returns the exit status."""
         steps = self.config.training.steps
-        if self.first_step >= steps:
-            _log.info("%s: the run has all its %d steps; raise training.steps to go on", self.run.path, steps)
-            return 0
-        batches = self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
-        with stop_signals() as stop, jax.set_mesh(self.mesh), closing(batches):
-            if self.evaluation_is_due:
-                self._evaluate(self.first_step, stop)
+        with stop_signals() as stop, jax.set_mesh(self.mesh):
+            if self.evaluation_is_due and not self._evaluate(self.first_step, stop):
+                return stop.status
+            if self.first_step >= steps:
+                _log.info("%s: the run has all its %d steps; raise training.steps to go on", self.run.path, steps)
+                return 0
             if self._should_stop_early():
                 return 0
-            return self._steps(batches, stop)
+            with closing(
+                self.batches.read_ahead(self.first_step, steps, sharding.batch_sharding(self.mesh))
+            ) as batches:
+                return self._steps(batches, stop)
 
     def _steps(self, batches: Iterator[tuple[int, Batch]], stop: StopRequest) -> int:
         steps = self.config.training.steps
@@ -124,20 +126,19 @@ class Run:
             if pending is not None:
                 progress.record(*pending)
             step, pending = k + 1, (k + 1, metrics)
-            evaluate = step % self.config.training.evaluate_every == 0 or step == steps
+            evaluate = self._is_evaluated(step)
             if stop.after_step(step) or evaluate or step % self.config.training.checkpoint_every == 0:
                 progress.record(*pending)
                 pending = None
                 with progress.paused():
-                    # Who asks to stop waits for no evaluation but the last, which no later start would make up for.
-                    scores = self._evaluate(step, None if step == steps else stop) if evaluate else None
                     self.watchdog.begins("saving")
-                    self._save(step, scores)
-                if stop.requested and step < steps:
+                    self._save(step)
+                    is_done = self._evaluate(step, stop) if evaluate else step == steps
+                if stop.requested and not (is_done and step == steps):
                     self.checkpointer.wait()
                     _log.warning("%s: saved step %d; the same command goes on from there", stop.name, step)
                     return stop.status
-                if scores is not None and self._should_stop_early():
+                if evaluate and self._should_stop_early():
                     break
             self.checkpointer.poll()
             self.watchdog.begins("stepping")
@@ -146,18 +147,28 @@ class Run:
         _log.info("%s: the run ended at step %d", self.run.path, int(self.state.step))
         return 0
 
-    def _evaluate(self, step: int, stop: StopRequest | None) -> Scores | None:
-        """The scores of a step, which the log gets as well; None where `stop` came before they were there."""
+    def _evaluate(self, step: int, stop: StopRequest) -> bool:
+        """Evaluates a step that is being saved, for the log and its checkpoint; False where `stop` came before the end.
+
+        Saved before, it is not lost with an evaluation that fails or that a machine has no time for: whoever resumes
+        from it evaluates it first.
+        """
         self.watchdog.begins("evaluating")
         try:
-            with nullcontext() if stop is None else stop.at_once():
+            with stop.at_once():
                 scores = self._scores()
         except Stopped:
             _log.warning("step %d is evaluated when the run goes on", step)
-            return None
+            return False
         if self.writer is not None:
             self.writer.write({"step": step, "kind": "validation", **scores})
-        return scores
+            self.writer.publish()
+        self.watchdog.begins("saving")
+        self._note(step, scores)
+        return True
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.config.training.evaluate_every == 0 or step == self.config.training.steps
 
     def _scores(self) -> Scores:
         """Loss over the whole validation split, BLEU and chrF over its first sentences, of the averaged parameters."""
@@ -176,13 +187,15 @@ class Run:
             hypotheses = [translation.text for translation in self.translator.translate(sources)]
         return scores | {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
 
-    def _save(self, step: int, scores: Scores | None) -> None:
-        plan = self.batches.plan
-        metadata = {"plan": self.batches.plan_identity, "rows_of_windows": plan.counts(), "scores": finite(scores)}
-        metric = None if scores is None else scores[self.config.training.best_metric]
+    def _save(self, step: int) -> None:
+        metadata = {"plan": self.batches.plan_identity, "rows_of_windows": self.batches.plan.counts()}
         if self.writer is not None:
             self.writer.publish()  # before the checkpoint that a resumed run's log is cut to
-        self.checkpointer.save(step, _to_dict(self.state), metadata, metric)
+        self.checkpointer.save(step, _to_dict(self.state), metadata)
+
+    def _note(self, step: int, scores: Mapping[str, float | None]) -> None:
+        metric = scores.get(self.config.training.best_metric)
+        self.checkpointer.note(step, math.nan if metric is None else metric, {"scores": finite(scores)})
 
     def _last_good_checkpoint(self) -> str:
         self.checkpointer.wait()  # the newest may still be on its way
@@ -203,10 +216,13 @@ class Run:
             return None
         _refuse_other_plan(self.run, restored.metadata.get("plan"), self.batches.plan_identity)
         self.batches.plan.recall(restored.metadata.get("rows_of_windows", []))
-        # A run that was told to end at a step to be evaluated had no time for it. The log remembers, and not the
-        # checkpoint: that is never written again, and a run that is killed once more would log the step twice.
-        evaluated = any(event["kind"] == "validation" and event["step"] == step for event in self._logged())
-        self.evaluation_is_due = step % self.config.training.evaluate_every == 0 and not hosts.agreed(evaluated)
+        if restored.metadata.get("scores") is None and self._is_evaluated(step):
+            # The run ended before it was, or between the log's line and the checkpoint's.
+            events = (event for event in self._logged() if event["kind"] == "validation" and event["step"] == step)
+            scores = hosts.agreed(next(events, None))
+            if scores is not None:
+                self._note(step, {name: scores[name] for name in scores if name not in ("step", "kind")})
+            self.evaluation_is_due = scores is None
         _log.info("%s: resumes after step %d", self.run.path, step)
         return _from_dict(restored.state)
 
