@@ -277,6 +277,26 @@ def test_a_device_stops_by_itself_without_a_word_to_the_others(parameters):
     assert not re.search(COLLECTIVES, text)
 
 
+@pytest.mark.parametrize("search", [CONFIG, BEAM, dataclasses.replace(CONFIG, sampling=True, n_best=2)])
+def test_tensor_groups_end_when_they_are_done(sentences, search):
+    """Four blocks of vocabulary on two devices, the last one padded: nothing is said beyond the pairs of devices."""
+    model = Transformer(MODEL.config, 500)
+    parameters = jax.tree.map(lambda p: 3 * p if p.ndim > 1 else p, jax.jit(lambda: init_parameters(model, 1))())
+    found = []
+    for mesh in (one_device(), make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])):
+        decoder = Decoder([model], mesh, dataclasses.replace(search, tokens_per_batch=32), BANNED)
+        decoder.set_parameters(parameters)
+        bucket = decoder.buckets[0]
+        assert bucket.rows == 2
+        found.append([n_best_of(decoder, pair)[0][0] for pair in (sentences[:2], sentences[2:4], sentences[4:])])
+    collectives = re.findall(
+        rf"({COLLECTIVES})(?:-start)?\(.*?replica_groups=(\S+),", decoder.search_program(bucket).as_text()
+    )
+    assert {groups for _, groups in collectives} <= {"[2,2]<=[4]", "{{0,1},{2,3}}"} and collectives
+    assert "collective-permute" not in decoder.search_program(bucket).as_text()
+    assert [tokens for tokens, _ in found[0]] == [tokens for tokens, _ in found[1]]
+
+
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
 def test_on_a_slice_of_tpus_nothing_is_said_either_and_the_cache_is_updated_in_place():
     decoder = Decoder([MODEL], make_mesh(MeshConfig(), devices_of(topology_of("v5e:4x4"))), BEAM, BANNED)

@@ -158,7 +158,10 @@ class Decoder:
         if not self.config.sampling:
             return Rows(source_BS)
         draw_B2 = np.zeros((bucket.rows, 2), np.uint32)
-        draw_B2[: len(sentences)] = [(row, 0) for row in range(len(sentences))] if draws is None else draws
+        if draws is None:
+            draw_B2[:, 0] = np.arange(bucket.rows)
+        else:
+            draw_B2[: len(sentences)] = np.reshape(draws, (-1, 2))
         return Rows(source_BS, draw_B2=draw_B2)
 
     def search_program(self, bucket: Bucket) -> jax.stages.Compiled:

@@ -5,7 +5,7 @@ exponentials. On a CPU `top_k` over a whole vocabulary costs ten times as much, 
 look, were it only to put -inf where a token is banned, a third of the product that made the logits. So logits stay as
 they are, and the few blocks that hold a banned token are looked at once more.
 
-Dimensions: N blocks of X tokens; K tokens that are asked for.
+Dimensions: N blocks of X tokens; M blocks that hold something banned; K tokens that are asked for.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Vocabulary:
         goes_on_L[eos] = False
         self.possible_V = possible_L[:size]
         self._possible_NX, self._goes_on_NX = (mask_L.reshape(-1, _BLOCK) for mask_L in (possible_L, goes_on_L))
-        self._mixed = np.flatnonzero(~self._goes_on_NX.all(axis=1)).tolist()
+        self._mixed_M = np.flatnonzero(~self._goes_on_NX.all(axis=1))
 
     def logits_of(self, logits_BWV: jax.Array, tokens_BW: jax.Array) -> jax.Array:
         """The logits [B, W] of these tokens; -inf of one that is banned."""
@@ -54,10 +54,8 @@ class Vocabulary:
         """The largest logit [B, W, N] in each block of what one can go on with."""
         blocks_BWNX = _blocks(logits_BWV)
         maxima_BWN = jnp.max(blocks_BWNX, axis=-1)
-        for block in self._mixed:
-            left_BWX = jnp.where(self._goes_on_NX[block][None, None], blocks_BWNX[:, :, block], -jnp.inf)
-            maxima_BWN = maxima_BWN.at[:, :, block].set(jnp.max(left_BWX, axis=-1))
-        return maxima_BWN
+        left_BWMX = jnp.where(self._goes_on_NX[self._mixed_M], self._mixed(blocks_BWNX), -jnp.inf)
+        return maxima_BWN.at[:, :, self._mixed_M].set(jnp.max(left_BWMX, axis=-1))
 
     def peak(self, logits_BWV: jax.Array, maxima_BWN: jax.Array) -> jax.Array:
         """The largest logit [B, W] of what may be said; not a number if any of them is not."""
@@ -71,12 +69,18 @@ class Vocabulary:
         blocks_BWNX = _blocks(logits_BWV)
         peak_BW = self.peak(logits_BWV, maxima_BWN)
         sums_BWN = jnp.sum(jnp.exp(blocks_BWNX - peak_BW[..., None, None]), axis=-1)
-        for block in self._mixed:
-            said_BWX = jnp.where(
-                self._possible_NX[block][None, None], blocks_BWNX[:, :, block] - peak_BW[..., None], -jnp.inf
-            )
-            sums_BWN = sums_BWN.at[:, :, block].set(jnp.sum(jnp.exp(said_BWX), axis=-1))
+        below_BWMX = self._mixed(blocks_BWNX) - peak_BW[..., None, None]
+        said_BWMX = jnp.where(self._possible_NX[self._mixed_M], below_BWMX, -jnp.inf)
+        sums_BWN = sums_BWN.at[:, :, self._mixed_M].set(jnp.sum(jnp.exp(said_BWMX), axis=-1))
         return peak_BW, jnp.log(jnp.sum(sums_BWN, axis=-1))
+
+    def _mixed(self, blocks_BWNX: jax.Array) -> jax.Array:
+        """The blocks [B, W, M, X] that hold something banned.
+
+        Gathered: slices of a vocabulary that is split over devices can become a permutation, in which all devices of
+        the program may have to take part (on CPUs they have), and some have ended their search before others.
+        """
+        return jnp.take(blocks_BWNX, self._mixed_M, axis=2)
 
     def logits_of_end(self, logits_BWV: jax.Array) -> jax.Array:
         """The logits [B, W] of the end symbol."""
