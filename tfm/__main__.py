@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "explain", "pl
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for wrong input, 130 for Ctrl-C, otherwise the command's own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as files are, whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         with _ctrl_c_is_never_lost():
             status = _dispatch(arguments)

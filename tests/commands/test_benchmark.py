@@ -66,8 +66,8 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "nothing: nothing to benchmark; expected one of train, decode, compare, before all options"),
-        (["trian"], "trian: nothing to benchmark; did you mean train?"),
+        ([], "tfm benchmark: says nothing to benchmark; expected one of train, decode, compare, before all options"),
+        (["trian"], "trian: says nothing to benchmark; did you mean train?"),
         (["train"], "--config is missing"),
         (["train", "CONFIG", "--stepz=2"], "--stepz: unknown option; did you mean --steps?"),
         (["train", "CONFIG", "--steps=0"], "--steps=0: must be at least 1"),

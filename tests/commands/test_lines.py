@@ -1,5 +1,6 @@
 """Lines in and out of files: whole ones, whatever happens."""
 
+import gzip
 import io
 import json
 import os
@@ -79,6 +80,36 @@ def test_resuming_goes_on_behind_the_last_whole_line(tmp_path, there, lines):
         output.write(["c"])
         assert output.lines == lines + 1
     assert path.read_bytes() == there[: there.rfind(b"\n") + 1] + b"c\n"
+
+
+@pytest.mark.parametrize("there", [b"a\nb\nprecious tail", b"one line without its end"])
+def test_a_file_that_turns_out_to_be_the_wrong_one_is_left_as_it_is(tmp_path, there):
+    path = tmp_path / "out"
+    path.write_bytes(there)
+    with pytest.raises(InputError, match="wrong"), Output(path, resume=True) as output:
+        assert output.begins_with == there
+        raise InputError("the wrong file")
+    assert path.read_bytes() == there
+
+
+def test_a_file_with_nothing_left_to_do_has_whole_lines(tmp_path):
+    (tmp_path / "out").write_bytes(b"a\nhalf")
+    with Output(tmp_path / "out", resume=True):
+        pass
+    assert (tmp_path / "out").read_bytes() == b"a\n"
+
+
+def test_gzip_is_known_by_its_bytes_and_named_where_it_is_damaged(tmp_path):
+    packed = gzip.compress(b"a\nb\n" * 1000)
+    damaged = packed[:20] + b"\xff\xff" + packed[22:]
+    for name, content in {"packed": packed, "short": packed[:-9], "damaged": damaged, "plain.gz": b"a\nb\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    with ExitStack() as stack:
+        assert list(raw_lines(opened(tmp_path / "packed", stack))) == [b"a", b"b"] * 1000
+        assert list(raw_lines(opened(tmp_path / "plain.gz", stack))) == [b"a", b"b"]
+        for name in ("short", "damaged"):
+            with pytest.raises(InputError, match=f"{name}: cannot be read: "):
+                list(raw_lines(opened(tmp_path / name, stack)))
 
 
 def test_resuming_what_was_never_begun_begins(tmp_path):

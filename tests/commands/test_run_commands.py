@@ -74,6 +74,7 @@ def test_files_give_what_the_pipe_gives(trained, monkeypatch, capsysbinary, tmp_
         (["--workdir={trained}", "--input=nowhere/source"], ["nowhere/source", "cannot be opened"]),
         (["--workdir={trained}", "--output=nowhere/target"], ["nowhere/target", "cannot be written"]),
         (["--workdir={trained}", "--resume"], ["--resume", "--output"]),
+        (["--workdir={trained}", "--mesh.data=7"], ["--mesh.data=7", "no effect on tfm translate"]),
         (["--workdir={trained}", "--decoding.n_best=2"], ["decoding.n_best=2", "decoding.beam_size=1"]),
         (["--workdir={trained}", "--decoding.beam_size=400"], ["decoding.beam_size=400", "tokens"]),
         (["--workdir={trained}", "--decoding.sampling_top_k=5"], ["sampling_top_k=5", "decoding.sampling=True"]),
@@ -107,6 +108,11 @@ def test_an_interrupted_translation_is_continued(trained, monkeypatch, capsysbin
     assert part.read_bytes() == whole.read_bytes()
     status, _, err = translate(monkeypatch, capsysbinary, b"red\n", *argv)
     assert status == 2 and "has 7 lines, more than there are to translate" in err
+    status, _, err = translate(monkeypatch, capsysbinary, source, *argv, "--format=jsonl")
+    assert status == 2 and "part: was written with --format=text" in err
+    status, _, err = translate(monkeypatch, capsysbinary, b"", *argv, f"--input={part}")
+    assert status == 2 and "part: is --input as well" in err
+    assert part.read_bytes() == whole.read_bytes()
 
 
 def test_json_lines_hold_all_translations_and_score_agrees(trained, monkeypatch, capsysbinary, tmp_path):
@@ -227,8 +233,13 @@ def test_prepare_takes_the_tokenizer_of_the_run_that_training_starts_from(traine
 def test_evaluate_leaves_earlier_results_where_it_cannot_run(trained, capsys, tmp_path):
     for name in ("scores.json", "out"):
         (tmp_path / name).write_text("earlier")
-    argv = ["evaluate", f"--workdir={trained}", f"--json={tmp_path / 'scores.json'}", f"--output={tmp_path / 'out'}"]
+    argv = ["evaluate", f"--workdir={trained}", f"--json={tmp_path / 'scores.json'}"]
     assert main([*argv, "--checkpoint=999"]) == 2
+    assert "has no finished step 999" in capsys.readouterr().err
+    assert main([*argv, f"--output={tmp_path / 'out'}"]) == 2
+    assert "out: exists already" in capsys.readouterr().err
+    assert main([*argv, f"--output={tmp_path / 'scores.json'}"]) == 2
+    assert "scores.json: the translations go there as well" in capsys.readouterr().err
     assert {(tmp_path / name).read_text() for name in ("scores.json", "out")} == {"earlier"}
 
 

@@ -8,7 +8,7 @@ import pytest
 from tfm.config import DataConfig, InputError
 from tfm.data import checks
 from tfm.data.checks import SplitReport, TextChecks, check_lengths
-from tfm.data.corpus import Corpus, corpora_with, open_corpora, parse_spec, to_text
+from tfm.data.corpus import Corpus, corpora_with, open_corpora, parse_spec, single_line, to_text
 
 
 def text_corpus(pattern, **fields) -> Corpus:
@@ -64,6 +64,10 @@ def test_gzip_is_known_by_its_bytes_and_not_by_its_name(tmp_path):
     (tmp_path / "train.en.gz").write_bytes(b"plain\n")
     (tmp_path / "train.de.gz").write_bytes(gzip.compress(b"1\n"))
     assert list(text_corpus(f"{tmp_path}/{{split}}.{{lang}}.gz").pairs("train")) == [(b"plain", b"1")]
+
+
+def test_what_is_no_text_becomes_a_replacement():
+    assert single_line(b"Schl\xe4ft\ter".decode("utf-8", errors="surrogateescape")) == "Schl\ufffdft er"
 
 
 def test_byte_order_mark_goes_at_the_start_of_a_file_only(tmp_path):

@@ -430,6 +430,23 @@ def test_the_translator_of_a_run_directory(run, translated):
     assert loaded.config == CONFIG
 
 
+def test_what_is_no_list_of_texts_is_refused(run, translated):
+    loaded = Translator.load(run.path)
+    mistakes = {
+        r"lines: expected several, such as a list, and got one str": lambda: loaded.translate("red"),
+        r"prefixes: expected several": lambda: loaded.translate(["red"], prefixes="red"),
+        r"targets: expected several": lambda: loaded.score(["red"], "red"),
+        r"ensemble: expected several": lambda: Translator.load(run.path, ensemble=str(run.path)),
+        r"line 2: expected text, and got NoneType": lambda: loaded.translate(["", None]),
+        r"prefix 1: expected text, and got int": lambda: loaded.translate(["red"], prefixes=[3]),
+        r"source 1: expected text, and got bytes": lambda: loaded.score([b"red"], ["red"]),
+        r"target 1: expected text, and got NoneType": lambda: loaded.score(["red"], [None]),
+    }
+    for message, mistake in mistakes.items():
+        with pytest.raises(TypeError, match=message):
+            mistake()
+
+
 @pytest.mark.parametrize("tensor", [-1, 3])
 def test_a_run_of_another_mesh_is_translated_with_on_this_machine(run, tensor, caplog):
     config = dataclasses.replace(run.config, mesh=MeshConfig(data=1, fsdp=2, tensor=tensor))

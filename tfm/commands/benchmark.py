@@ -77,10 +77,9 @@ def main(argv: list[str]) -> int:
         print(_USAGE)
         parse("benchmark train", ["--help"], TrainArguments)
     if not argv or argv[0] not in _KINDS:
-        given = argv[0] if argv else "nothing"
-        near = difflib.get_close_matches(given, _KINDS, n=1)
+        near = difflib.get_close_matches(argv[0], _KINDS, n=1) if argv else []
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_KINDS)}, before all options"
-        raise InputError(f"{given}: nothing to benchmark; {hint}")
+        raise InputError(f"{argv[0] if argv else 'tfm benchmark'}: says nothing to benchmark; {hint}")
     if argv[0] == "compare":
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments

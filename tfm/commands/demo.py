@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tfm.commands.options import parse
 from tfm.commands.train import trained
+from tfm.config import InputError
 
 EXAMPLES_PER_CATEGORY = 2
 
@@ -30,13 +31,16 @@ def main(argv: list[str]) -> int:
     from tfm.decoding.scores import corpus_scores
     from tfm.decoding.translator import Translator
 
+    pairs = list(demo_corpus.data_source(config.data.test_split))  # before the training: a wrong name is said at once
+    try:
+        sources = [pair[config.data.source_language] for pair in pairs]
+        references = [pair[config.data.target_language] for pair in pairs]
+    except KeyError as error:
+        raise InputError(f"{error}: the demo's sentences are in en and de: leave data.*_language out") from error
     sharding.use_compilation_cache()  # what validation has compiled translates the test set
     status = trained(config, arguments.workdir)
     if status:
         return status
-    pairs = list(demo_corpus.data_source(config.data.test_split))
-    sources = [pair[config.data.source_language] for pair in pairs]
-    references = [pair[config.data.target_language] for pair in pairs]
     translator = Translator.load(arguments.workdir, config, scores=False)
     translating = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, log_rate, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, Output, check_writable, log_rate, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -23,9 +25,9 @@ class Arguments:
     reference: Path | None = None
     """File with the reference of each line of --source."""
     json: Path | None = None
-    """File for the scores as JSON; - is standard output."""
+    """File for the scores as JSON, overwritten; - is standard output."""
     output: Path | None = None
-    """File for the translations, one a line."""
+    """File for the translations, one a line, which must not exist; - is standard output."""
     checkpoint: str | None = None
     """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
     ensemble: tuple[str, ...] = ()
@@ -38,21 +40,26 @@ def main(argv: list[str]) -> int:
 
     sharding.use_compilation_cache()
     sharding.decode_on_every_core()
-    with hosts.together(config), device_memory.explained(*device_memory.TRANSLATING):
-        _evaluate(arguments, config)
+    with hosts.together(config), device_memory.explained(*device_memory.TRANSLATING), ExitStack() as stack:
+        _evaluate(arguments, config, stack)
     return 0
 
 
-def _evaluate(arguments: Arguments, config: Config) -> None:
+def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
+    """Translates and scores; `stack` closes what is opened to write."""
     from tfm import hosts
     from tfm.decoding.scores import corpus_scores, tokenised_bleu
     from tfm.decoding.translator import Translator
 
     sources, references = _pairs(arguments, config)
+    output = None
     if hosts.is_first():
-        for path in (arguments.output, arguments.json):
-            if path is not None:
-                check_writable(path)
+        if arguments.json is not None:
+            if arguments.json == arguments.output:
+                raise InputError(f"--json={arguments.json}: the translations go there as well: name another")
+            check_writable(arguments.json)
+        if arguments.output is not None:
+            output = stack.enter_context(Output(arguments.output))
     translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble, scores=False)
     start = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(sources)]
@@ -77,8 +84,9 @@ def _evaluate(arguments: Arguments, config: Config) -> None:
     # Once the scores are told: a disk may be full.
     if arguments.json is not None:
         write_text(arguments.json, report + "\n")
-    if arguments.output is not None:
-        write_text(arguments.output, "".join(f"{line}\n" for line in hypotheses))
+    if output is not None:
+        sys.stdout.flush()
+        output.write(hypotheses)
 
 
 def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:

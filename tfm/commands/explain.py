@@ -18,17 +18,19 @@ class Arguments:
     workdir: str
     """Directory of the run."""
     source: str
-    """The sentence itself."""
+    """The sentence itself, and not a file's name."""
     target: str | None = None
     """A translation to explain, in place of the model's own."""
     attention: Literal["cross", "encoder", "decoder"] = "cross"
     """The target's look at the source, or the self-attention of one of the stacks."""
     layer: int | None = None
-    """A layer, from 1, whose heads are drawn one by one; if unset, all layers, each as the mean of its heads."""
+    """A layer, from 1, whose heads are drawn one by one; if unset, all layers, each as the mean of its heads. The table
+    has the mean over the heads of that layer, or of all."""
     picture: Path = Path("attention.png")
     """File for the picture, a PNG; one that is there is overwritten."""
     json: Path | None = None
-    """File for the weights of all layers and heads, [layer][head][query][key], as JSON; - is standard output."""
+    """File for the weights of all layers and heads, [layer][head][query][key], as JSON, overwritten; - is standard
+    output."""
     checkpoint: str | None = None
     """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
     _check(arguments, config)
     import jax
 
-    from tfm import sharding
+    from tfm import device_memory, sharding
     from tfm.config import MeshConfig
     from tfm.decoding.explanation import draw, explain, table
     from tfm.decoding.loading import load_models
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> int:
     sharding.use_compilation_cache()
     one_device = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     loaded = load_models(arguments.workdir, config, arguments.checkpoint, mesh=one_device)
-    explanation = explain(loaded, arguments.source, arguments.target)
+    with device_memory.explained("a sentence", "explain a shorter one"):
+        explanation = explain(loaded, arguments.source, arguments.target)
     if arguments.json != STANDARD_OUTPUT:
         print(explanation.translation)
         print(table(explanation, arguments.attention, arguments.layer), end="")

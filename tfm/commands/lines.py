@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import logging
 import select
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +29,7 @@ _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when ther
 
 
 def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
-    """A file to read, or standard input, unbuffered. Raises InputError naming the file that cannot be opened.
+    """A file to read, gzip unpacked, or standard input, unbuffered. Raises InputError naming what cannot be opened.
 
     A thread reads it, which may still wait for more when all else has ended: it must not hold a buffer's lock then.
     """
@@ -36,7 +38,12 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
             raise InputError("standard input is closed: name a file to read")
         return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
     try:
-        return stack.enter_context(path.open("rb", buffering=0))
+        file = stack.enter_context(path.open("rb", buffering=0))
+        if not file.seekable():
+            return file
+        is_packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        return stack.enter_context(gzip.GzipFile(str(path), "rb", fileobj=file)) if is_packed else file
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
 
@@ -57,10 +64,10 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
                 select.select([file], [], [], _SECONDS_OF_SILENCE)
                 continue
             yield block
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:  # the latter of what is not gzip, or cut short
         name = getattr(file, "name", None)
         name = name if isinstance(name, str) and name != "<stdin>" else "standard input"
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _split(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -87,8 +94,8 @@ class Output:
     Args:
       path: of a file that doesn't exist yet, or of what is no file, such as a pipe or /dev/null; standard output when
         None or `-`.
-      resume: the file may exist; what follows its last newline is dropped, and lines are written behind it. None where
-        a command cannot do that.
+      resume: the file may exist; lines are written behind its last newline, and what follows that is dropped then. None
+        where a command cannot do that.
 
     Raises InputError, here and at `write`, naming what cannot be written.
     """
@@ -96,11 +103,14 @@ class Output:
     def __init__(self, path: Path | None, resume: bool | None = None):
         self.lines = 0
         """Lines that the file has."""
+        self.begins_with = b""
+        """The first bytes of a file that is gone on with."""
         path = None if path == STANDARD_OUTPUT else path
         self._name = "standard output" if path is None else str(path)
         self._hint = "" if resume is None else ", or go on behind its lines with --resume"
         self._path = path
         self._whole: int | None = None  # bytes of whole lines; None where nothing can be taken back
+        self._begun, self._is_new = False, False
         if path is None:
             if sys.stdout is None:
                 raise InputError("standard output is closed: name a file to write with --output")
@@ -110,7 +120,8 @@ class Output:
             if _is_special(path):
                 self._file = path.open("ab", buffering=0)
                 return
-            self._file = path.open("r+b" if resume and path.exists() else "x+b", buffering=0)
+            self._is_new = not (resume and path.exists())
+            self._file = path.open("x+b" if self._is_new else "r+b", buffering=0)
             self._whole = 0
             if resume:
                 self._count()
@@ -125,8 +136,8 @@ class Output:
             if b"\n" in block:
                 self.lines += block.count(b"\n")
                 self._whole = offset + block.rindex(b"\n") + 1
+            self.begins_with = self.begins_with or block[:100]
             offset += len(block)
-        self._take_back()
 
     def _take_back(self) -> None:
         if self._whole is not None:
@@ -135,6 +146,9 @@ class Output:
 
     def write(self, lines: Sequence[str]) -> None:
         """Writes lines, at once."""
+        if not self._begun:  # until then the file may turn out to be the wrong one, and is left as it is
+            self._take_back()
+            self._begun = True
         content = memoryview("".join(f"{line}\n" for line in lines).encode())
         size = len(content)
         try:
@@ -159,9 +173,11 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._path is not None:
+            if kind is None and not self._begun:  # there was nothing left to do
+                self._take_back()
             self._file.close()
             # An empty file would be in the way of the next attempt.
-            if kind is not None and not self.lines and not _is_special(self._path):
+            if kind is not None and self._is_new and not self.lines:
                 self._path.unlink(missing_ok=True)
 
 

@@ -40,6 +40,7 @@ class _Given:
 
 
 _ON_ONE_HOST = ("explain", "plan", "prepare")
+_OVER_ALL_DEVICES = ("translate", "score", "evaluate")  # of which none has anything but rows, or a part of the heads
 
 
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
@@ -63,6 +64,14 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
     for option in given:
         if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
             raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
+        if option.name.startswith("mesh."):
+            if command == "explain":
+                raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")
+            if command in _OVER_ALL_DEVICES and option.name != "mesh.tensor":
+                raise InputError(
+                    f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "
+                    "mesh.tensor: leave it out"
+                )
     base = _base_config(command, arguments, {option.name: option.values for option in given}, wants_help)
     if not wants_help:
         _refuse_missing(command, arguments, given)

@@ -22,7 +22,7 @@ class Arguments:
     workdir: str
     """Directory of the run."""
     source: Path
-    """File of source sentences, one a line."""
+    """File of source sentences, one a line (.gz too)."""
     target: Path
     """File with a translation of each; one that ends in .jsonl is of `translate --format=jsonl`, and the very tokens
     of its best translations are scored."""
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()
         sources, targets = map(raw_lines, files)
-        is_json = arguments.target.suffix == ".jsonl"
+        is_json = arguments.target.name.removesuffix(".gz").endswith(".jsonl")
         given = _best_tokens(targets, arguments.target) if is_json else text_lines(targets)
         for window in translator.score_windows(text_lines(sources), given):
             if output is None:
@@ -85,7 +85,7 @@ def _best_tokens(lines: Iterable[bytes], path: Path) -> Iterator[Sequence[str]]:
             tokens = json.loads(line)["translations"][0]["tokens"]
             if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
                 raise TypeError("tokens is no list of texts")
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}:{number}: not a line of `translate --format=jsonl` ({type(error).__name__}: {error})"
             ) from error

@@ -24,7 +24,7 @@ class Arguments:
     workdir: str
     """Directory of the run."""
     input: Path | None = None
-    """File to translate, one sentence a line, in place of standard input."""
+    """File to translate, one sentence a line (.gz too), in place of standard input."""
     output: Path | None = None
     """File to write, which must not exist, in place of standard output."""
     resume: bool = False
@@ -37,6 +37,9 @@ class Arguments:
     """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
     ensemble: tuple[str, ...] = ()
     """Further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
+
+
+_JSON_BEGINS = b'{"line": 1, "translations": '
 
 
 def main(argv: list[str]) -> int:
@@ -56,6 +59,8 @@ def main(argv: list[str]) -> int:
         source = raw_lines(file)
         prefixes = None if arguments.prefixes is None else raw_lines(opened(arguments.prefixes, stack))
         target = stack.enter_context(Output(arguments.output, arguments.resume)) if hosts.is_first() else None
+        if target is not None and arguments.resume:
+            _refuse_other_file(arguments, target)
         done = hosts.agreed(0 if target is None else target.lines)
         for lines in (source, prefixes):
             if lines is not None and sum(1 for _ in islice(lines, done)) < done:
@@ -81,6 +86,18 @@ def main(argv: list[str]) -> int:
         if target is not None:
             log_rate(translator, time.perf_counter() - start)
     return 0
+
+
+def _refuse_other_file(arguments: Arguments, target: Output) -> None:
+    """Raises InputError where what is to be gone on with is not what this command writes."""
+    if arguments.input is not None and arguments.output.samefile(arguments.input):
+        raise InputError(f"{arguments.output}: is --input as well: name another --output")
+    is_json = target.begins_with.startswith(_JSON_BEGINS)
+    if target.lines and is_json != (arguments.format == "jsonl"):
+        found = "jsonl" if is_json else "text"
+        raise InputError(
+            f"{arguments.output}: was written with --format={found}: go on with that, or name another file"
+        )
 
 
 def _as_json(line: int, translation: Translation) -> str:

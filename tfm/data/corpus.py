@@ -29,6 +29,8 @@ _RESERVED_TAG = re.compile(r"<(pad|s|/s|unk|0x[0-9A-Fa-f]{2})>")
 _FORMS = "text:PATTERN with {split} and {lang}, tfds:NAME/CONFIG or demo, each with ;weight=W and ;tag=<TAG> if wanted"
 # Whatever any reader of lines might take for the end of one, and the tab that would end a column.
 _BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+# Halves of pairs, as Python makes of the bytes of a command line that are no UTF-8.
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 RawPair = tuple[bytes, bytes]
 
@@ -39,9 +41,12 @@ def to_text(raw: bytes) -> str:
 
 
 def single_line(text: str) -> str:
-    """Text without NUL, and with each run of line breaks and tabs made one space; blanks at both ends go."""
+    """Text without NUL, and with each run of line breaks and tabs made one space; blanks at both ends go.
+
+    What is no text becomes U+FFFD.
+    """
     if not text.isprintable():  # which is quick to ask, and hardly ever so
-        text = _BREAKS.sub(" ", text.replace("\0", ""))
+        text = _SURROGATES.sub("\ufffd", _BREAKS.sub(" ", text.replace("\0", "")))
     return text.strip()
 
 

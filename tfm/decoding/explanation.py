@@ -30,6 +30,7 @@ Attention = Literal["cross", "encoder", "decoder"]
 
 _STRONGEST, _LEAST = 3, 0.005  # keys that the table names for each query, and the share that one has to have
 _CELL, _MARGIN = 0.24, 1.1  # inches of a picture: for each token, and for the tokens' names
+_LONGEST = 120  # inches of a side at 100 dots each; a longer one has fewer dots
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def draw(explanation: Explanation, path: Path, attention: Attention = "cross", l
     columns = min(len(panels), 4 if len(keys) <= 16 else 2)
     rows = -(-len(panels) // columns)
     size = (columns * (_CELL * len(keys) + _MARGIN), rows * (_CELL * len(queries) + _MARGIN))
-    figure = Figure(figsize=size, layout="constrained", dpi=100)
+    figure = Figure(figsize=size, layout="constrained", dpi=100 * min(1.0, _LONGEST / max(size)))
     FigureCanvasAgg(figure)
     names = dict(fontsize=8, parse_math=False)  # a $ in a token begins no formula
     for index, panel in enumerate(panels):

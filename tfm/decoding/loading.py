@@ -15,6 +15,7 @@ from tfm import sharding
 from tfm.checkpoint import CheckpointReader, RunDirectory
 from tfm.config import Config, InputError
 from tfm.data.tokenizer import Tokenizer
+from tfm.decoding.windows import several
 from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def load_models(
     tokenizer = _tokenizer(run)
     mesh = mesh or sharding.decoding_mesh(config.mesh.tensor)
     members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
-    for member in ensemble:
+    for member in several(ensemble, "ensemble"):
         folder, which = _member(member)
         other = RunDirectory.open(folder)
         if _tokenizer(other).sha256 != tokenizer.sha256:

@@ -16,7 +16,7 @@ from tfm.config import InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
 from tfm.decoding.translation import Scored, Statistics, penalised
-from tfm.decoding.windows import WINDOW_LINES, Windows, in_step, patience
+from tfm.decoding.windows import WINDOW_LINES, Windows, checked, in_step, patience, several
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ def score_windows(
     targets: Iterable[str | Sequence[str]],
 ) -> Iterator[list[Scored]]:
     """As `Translator.score`, for streams of any length; `statistics` counts what was done."""
+    sources = checked(several(sources, "sources"), "source")
+    targets = checked(several(targets, "targets"), "target", kinds=str | Sequence)
     with closing(Windows(in_step(sources, targets, "targets", 1), WINDOW_LINES, patience())) as windows:
         first = 1
         while not windows.ended:

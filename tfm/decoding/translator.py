@@ -24,7 +24,7 @@ from tfm.decoding.loading import load_models
 from tfm.decoding.scoring import score_windows
 from tfm.decoding.search import Hypotheses
 from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation, penalised
-from tfm.decoding.windows import WINDOW_LINES, Windows, in_step, patience
+from tfm.decoding.windows import WINDOW_LINES, Windows, checked, in_step, patience, several
 from tfm.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
@@ -127,8 +127,12 @@ class Translator:
         What is there is translated at once, up to `WINDOW_LINES`; while the devices work, the next lines are read and
         tokenized, and the last ones detokenized. `first` is the number of the first line, in messages and for draws.
         """
-        pairs = ((line, "") for line in lines) if prefixes is None else in_step(lines, prefixes, "prefixes", first)
+        lines = checked(several(lines, "lines"), "line", first)
         has_prefixes = prefixes is not None
+        if has_prefixes:
+            pairs = in_step(lines, checked(several(prefixes, "prefixes"), "prefix", first), "prefixes", first)
+        else:
+            pairs = ((line, "") for line in lines)
         # What begins with a prefix may well go on for longer than its source lets expect.
         shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
         with closing(Windows(pairs, WINDOW_LINES, patience())) as windows:
