@@ -133,6 +133,9 @@ def test_every_field_has_a_rule_or_needs_none():
         (dict(optimizer__decay_steps=5), ["optimizer.decay_steps=5 has no effect", "optimizer.schedule=inverse_sqrt"]),
         (dict(optimizer__final_learning_rate=0.1), ["optimizer.final_learning_rate=0.1 has no effect", "use cosine"]),
         (dict(decoding__average="first:5"), ["decoding.average='first:5'", "last:N or best:N"]),
+        (dict(decoding__average="last:5"), ["decoding.average=last:5", "training.keep_last=3"]),
+        (dict(decoding__average="best:2"), ["decoding.average=best:2", "training.keep_best=1"]),
+        (dict(training__seed=2**32), ["training.seed=4294967296", "below 2**32"]),
         (dict(data__target_language="en"), ["data.source_language and data.target_language are both 'en'"]),
         (dict(data__validation_split="train"), ["data.train_split and data.validation_split are both 'train'"]),
         (

@@ -144,8 +144,18 @@ def check_together(config: Config) -> None:
             f"optimizer.final_learning_rate={optimizer.final_learning_rate} has no effect with "
             "optimizer.schedule=inverse_sqrt: use cosine or wsd"
         )
-    if decoding.average is not None and not re.fullmatch(r"(last|best)(:[1-9][0-9]*)?", decoding.average):
-        raise ConfigError(f"decoding.average={decoding.average!r}: must be last:N or best:N, N a number from 1")
+    if decoding.average is not None:
+        found = re.fullmatch(r"(last|best)(?::([1-9][0-9]*))?", decoding.average)
+        if found is None:
+            raise ConfigError(f"decoding.average={decoding.average!r}: must be last:N or best:N, N a number from 1")
+        kept = getattr(training, f"keep_{found[1]}")
+        if int(found[2] or 1) > max(kept, 1):
+            raise ConfigError(
+                f"decoding.average={decoding.average} is the mean of more checkpoints than "
+                f"training.keep_{found[1]}={kept} keeps: raise the second or lower the first"
+            )
+    if training.seed >= 2**32:
+        raise ConfigError(f"training.seed={training.seed}: must be below 2**32")
     if decoding.tokens_per_batch < decoding.max_source_length:
         raise ConfigError(
             f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "

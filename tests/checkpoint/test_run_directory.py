@@ -40,12 +40,47 @@ def test_a_new_run_starts_in_a_directory_that_holds_nothing_of_another(tmp_path,
 
 
 def test_a_start_that_was_refused_leaves_room_for_the_right_config(tmp_path):
-    RunDirectory.create(tmp_path, override(Config(), data__corpus=("text:typo",)))  # and then no such corpus
+    run = RunDirectory.create(tmp_path, override(Config(), data__corpus=("text:typo",)))  # and then no such corpus
     assert RunDirectory.create(tmp_path, Config()).config == Config()
+    run.tokenizer_path.write_bytes(b"prepared")  # and then no room for a step
+    run.metrics_path.write_bytes(b"")
+    run.checkpoints_path.mkdir()
+    other = override(Config(), training__target_tokens_per_batch=1024)
+    assert RunDirectory.create(tmp_path, other).config == other
+
+
+def test_a_run_that_has_begun_has_its_config_until_the_other_is_adopted(tmp_path, caplog):
+    caplog.set_level("INFO", "tfm")
+    RunDirectory.create(tmp_path, Config()).metrics_path.write_bytes(b"{}\n")
+    other = override(Config(), training__steps=7, mesh__tensor=3)
+    run = RunDirectory.create(tmp_path, other)  # and then that mesh is refused
+    assert run.config == Config()
+    run.adopt(other)
+    assert run.config == other
+    assert caplog.text.count("the run goes on with training.steps=7, 100000 so far") == 1
+
+
+def test_where_a_tokenizer_comes_from(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    assert run.brought_tokenizer(Config()) is None
+    brought = tmp_path / "brought.model"
+    brought.write_bytes(b"model")
+    with_one = override(Config(), data__tokenizer=str(brought))
+    assert run.brought_tokenizer(with_one) == brought
+    run.install_tokenizer(brought)
+    assert run.brought_tokenizer(with_one) == brought  # which may be another one by now: nothing depends on it yet
+    brought.unlink()
+    assert run.brought_tokenizer(with_one) == run.tokenizer_path
+    tuned = RunDirectory.create(tmp_path / "tuned", Config())
+    from_run = override(Config(), training__initialize_from=str(run.path))
+    assert tuned.brought_tokenizer(from_run) == run.tokenizer_path
+    tuned.install_tokenizer(run.tokenizer_path)
+    tuned.metrics_path.write_bytes(b"{}\n")
+    assert tuned.brought_tokenizer(from_run) == tuned.tokenizer_path
 
 
 def test_a_run_of_another_config_is_refused_and_each_differing_field_named(tmp_path):
-    RunDirectory.create(tmp_path, Config()).tokenizer_path.write_bytes(b"begun")
+    RunDirectory.create(tmp_path, Config()).metrics_path.write_bytes(b"{}\n")
     written = (tmp_path / "config.json").read_bytes()
     other = override(Config(), model__d_model=256, optimizer__warmup_steps=10, decoding__beam_size=4)
     with pytest.raises(InputError) as refusal:
@@ -146,7 +181,9 @@ def test_a_tokenizer_is_installed_once(tmp_path):
     assert run.tokenizer_sha256() is None
     (tmp_path / "a.model").write_bytes(b"a")
     (tmp_path / "b.model").write_bytes(b"b")
+    run.install_tokenizer(tmp_path / "b.model")
     run.install_tokenizer(tmp_path / "a.model")
+    run.metrics_path.write_bytes(b"{}\n")
     run.install_tokenizer(tmp_path / "a.model")
     with pytest.raises(InputError, match="differs from"):
         run.install_tokenizer(tmp_path / "b.model")

@@ -37,6 +37,7 @@ def test_spec_is_taken_apart():
         ("demo;weight=0", "weight '0'"),
         ("demo;weight=nan", "weight 'nan'"),
         ("demo;weight=two", "weight 'two'"),
+        ("demo;weight=1e7", "at most 1000"),
         ("demo;tag=2de", "<2de>"),
         ("demo;tag=<2 de>", "<2 de>"),
         ("demo;tag=<s>", "'<s>' is a piece of every tokenizer"),

@@ -142,6 +142,32 @@ def test_validation_text_has_the_tag_that_its_tokens_have(tmp_path, corpus):
         assert store.tokenizer.encode([source])[0] == table.pair(index)[0][:-1].tolist()
 
 
+def test_text_of_several_corpora_is_taken_in_turn(tmp_path, corpus):
+    more = write_corpus(tmp_path / "other", "validation", range(1640, 1643))
+    write_corpus(tmp_path / "other", "train", range(2000, 2010))
+    store = prepare(config(corpus, tmp_path / "other"), tmp_path / "store")
+    first = [pair for pair in store.text("validation") if pair not in more]
+    assert store.text("validation", 4) == [first[0], more[0], first[1], more[1]]
+    assert store.text("validation") == [pair for both in zip(first, more, strict=False) for pair in both] + first[3:]
+    assert len(first) == 40
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_named(tmp_path, corpus, monkeypatch):
+    train = store_builder.train_tokenizer
+
+    def meanwhile(*arguments):
+        for language in ("en", "de"):
+            with (corpus / f"train.{language}").open("a") as file:
+                file.write("more\n")
+        return train(*arguments)
+
+    monkeypatch.setattr(store_builder, "train_tokenizer", meanwhile)
+    for drop_duplicates in (True, False):
+        with pytest.raises(InputError, match=r"has changed while it was read, from 60[01] pairs at first"):
+            prepare(config(corpus, drop_duplicates=drop_duplicates), tmp_path / "store")
+        assert not (tmp_path / "store").exists()
+
+
 def test_training_drops_and_counts_and_validation_keeps(tmp_path):
     lines = [("red house", "rotes Haus"), ("", "Hund"), ("tree " * 40, "Baum " * 40), ("dog", "Hund " * 20),
              ("red house", "rotes Haus"), ("blue cat", "blau Katze")]  # fmt: skip
@@ -386,6 +412,34 @@ def test_cache_is_filled_once_and_read_from(tmp_path, corpus):
 def test_a_remote_store_needs_a_cache_and_says_so_before_anything_is_prepared(corpus):
     with pytest.raises(InputError, match=r"^gs://bucket/store: is not on a local disk; set data.cache_dir"):
         _cache_of(epath.Path("gs://bucket/store"), None)
+
+
+def test_what_killed_copies_left_in_a_cache_goes_and_a_living_one_stays(tmp_path, corpus):
+    prepare(config(corpus), tmp_path / "store")
+    cache = tmp_path / "cache"
+    for name in ("killed", "living"):
+        (cache / f"tfm-scratch-{name}").mkdir(parents=True)
+        (cache / f"tfm-scratch-{name}" / "part").write_bytes(b"part")
+    living = os.open(cache / "tfm-scratch-living", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_EX)
+    open_store(tmp_path / "store", cache)
+    os.close(living)
+    names = sorted(path.name for path in cache.iterdir())
+    assert [name.rpartition("-")[0] for name in names] == ["store", "tfm-scratch"] and names[1].endswith("living")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(shards, "_SHARD_TOKENS", 100)
+    monkeypatch.setattr(store_builder, "_CHUNK", 25)
+    store = prepare(config(corpus), tmp_path / "store")
+    assert len(store.manifest["tables"][0]["shards"]) > 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 10, hard))
+        assert texts(open_store(tmp_path / "store"), "train") == texts(store, "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_damaged_store_is_not_cached(tmp_path, corpus):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,21 @@ def test_both_directions_train(wmt14, tiny_config, tmp_path, monkeypatch, source
     losses = [event["loss"] for event in events if event["kind"] == "train"]
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
     assert len(Translator.load(tmp_path / "run").translate([f"{source} sentence 41"])) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_damaged_set_is_named_with_the_command_that_mends_it(wmt14, tmp_path, monkeypatch, damage):
+    root = Path(shutil.copytree(wmt14, tmp_path / "tfds"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    shard = next(root.rglob("*train.array_record-00001*"))
+    content = shard.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    shard.write_bytes({"flipped": flipped, "cut": content[:middle], "missing": b""}[damage])
+    if damage == "missing":
+        shard.unlink()
+    with pytest.raises(InputError, match=r"split train in .*: cannot be read .* prepare it anew: python -c"):
+        read("tfds:wmt14_translate/de-en")
 
 
 def test_split_that_the_set_lacks_names_those_it_has(wmt14, monkeypatch):

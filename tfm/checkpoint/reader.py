@@ -69,6 +69,8 @@ class CheckpointReader:
         known = self._known()
         kind, count = _parse(which)
         order = self._order(known, kind, count, asked=which is not None)
+        if kind == "best" and count > max(1, kept := self.run.config.training.keep_best):
+            logger.warning("%s: training.keep_best=%d: some of the best %d may be gone", self.run.path, kept, count)
         damaged: dict[int, str] = {}
         chosen: list[Manifest] = []
         mean, parameters = storage.Mean(), None

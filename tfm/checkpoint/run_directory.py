@@ -68,6 +68,8 @@ class RunDirectory:
                 raise InputError(f"{run.path}: holds no run (no config.json): give the --workdir of a training run")
         except ImportError as error:
             raise without_client(run.path, error) from error
+        except OSError as error:
+            raise InputError(f"{run.path}: cannot be read ({error.strerror or error})") from error
         return run
 
     @classmethod
@@ -97,7 +99,9 @@ class RunDirectory:
                     lock.enter_context(run.locked())
                     run._refuse_others(config)  # which may have begun before this one had the lock
                 # Written even when it is the same: here, and not hours later, is where an unwritable directory shows.
-                write_atomically(run.config_path, config.to_json().encode())
+                # That of a run that has begun stays what it was until nothing can refuse the new one: `adopt`.
+                content = run.config_path.read_bytes() if run.has_begun() else config.to_json().encode()
+                write_atomically(run.config_path, content)
         except ImportError as error:
             raise without_client(run.path, error) from error
         except OSError as error:
@@ -138,9 +142,36 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
+    def adopt(self, config: Config) -> None:
+        """Makes this the config of the run, and says what is new. Raises InputError where it cannot be written."""
+        old, new = fields_of(self.config), fields_of(config := dataclasses.replace(config, hosts=HostsConfig()))
+        for name in old:
+            if old[name] != new[name]:
+                logger.info("%s: the run goes on with %s=%r, %r so far", self.path, name, new[name], old[name])
+        try:
+            write_atomically(self.config_path, config.to_json().encode())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
     def has_begun(self) -> bool:
-        """Whether anything here depends on the config; a first start that was refused leaves nothing that does."""
-        return any(path.exists() for path in (self.tokenizer_path, self.metrics_path, self.checkpoints_path))
+        """Whether there are steps of a run here: a first start that was refused leaves none, and another may follow."""
+        if self.checkpoints_path.exists() and any(True for _ in self.checkpoints_path.iterdir()):
+            return True
+        return self.metrics_path.exists() and bool(self.metrics_path.read_bytes())
+
+    def brought_tokenizer(self, config: Config) -> AnyPath | None:
+        """The tokenizer that a run brings along, and does not train: of the run it starts from, or `data.tokenizer`.
+
+        Once the run has begun its own copy counts, and before that where the other has been moved.
+        """
+        if config.training.initialize_from is not None:
+            brought = RunDirectory(config.training.initialize_from).tokenizer_path
+        elif config.data.tokenizer is not None:
+            brought = as_path(config.data.tokenizer)
+        else:
+            return None
+        is_own = self.tokenizer_path.exists() and (self.has_begun() or not brought.exists())
+        return self.tokenizer_path if is_own else brought
 
     @property
     def config(self) -> Config:
@@ -148,9 +179,9 @@ class RunDirectory:
         return from_json(self.config_path)
 
     def install_tokenizer(self, source: str | os.PathLike[str]) -> None:
-        """Copies a SentencePiece model to tokenizer.model. Raises InputError when another one stands there already."""
+        """Copies a SentencePiece model to tokenizer.model. Raises InputError when the run has begun with another."""
         model = as_path(source).read_bytes()
-        if self.tokenizer_path.exists():
+        if self.tokenizer_path.exists() and self.has_begun():
             if self.tokenizer_sha256() != hashlib.sha256(model).hexdigest():
                 raise InputError(
                     f"{self.tokenizer_path}: differs from {source}, and the run's parameters belong to it: "
@@ -303,10 +334,6 @@ def _refuse_other_run(path: AnyPath, there: Config, now: Config) -> None:
         raise InputError(
             f"{path.parent}: holds a run of another config: {fields}: set them back, or use another --workdir"
         )
-    old, new = fields_of(there), fields_of(now)
-    for name in old:
-        if old[name] != new[name]:
-            logger.info("%s: the run goes on with %s=%r, %r so far", path.parent, name, new[name], old[name])
 
 
 def _refuse_foreign_files(path: AnyPath) -> None:

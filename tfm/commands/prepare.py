@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
     from tfm.checkpoint.run_directory import RunDirectory
     from tfm.data.store import prepare, store_directory
 
-    initial = config.training.initialize_from
-    tokenizer = None if initial is None else RunDirectory.open(initial).tokenizer_path
-    store = prepare(config, store_directory(config, RunDirectory(arguments.workdir).path), tokenizer)
+    run = RunDirectory(arguments.workdir)
+    directory = store_directory(config, run.path)
+    store = prepare(config, directory, run.brought_tokenizer(config), run.has_begun())
     store.verify()  # whether it was just written or had been there: a disk may have changed it since
     print(store.report)
     print(f"token store: {store.directory}, {store.tokenizer.vocab_size} pieces, corpus hash {store.corpus_hash[:16]}")

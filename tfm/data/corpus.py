@@ -34,6 +34,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 RawPair = tuple[bytes, bytes]
 
+_MOST_PASSES = 1000
+
 
 def to_text(raw: bytes) -> str:
     """One side of a pair as text without line breaks: invalid UTF-8 becomes U+FFFD, NUL goes, a break is a space."""
@@ -88,8 +90,11 @@ def _parse_weight(text: str, value: str) -> float:
         weight = float(value)
     except ValueError:
         weight = math.nan
-    if not 0 < weight < math.inf:
-        raise InputError(f"data.corpus={text!r}: weight {value!r} must be a number above 0: passes over it in an epoch")
+    if not 0 < weight <= _MOST_PASSES:
+        raise InputError(
+            f"data.corpus={text!r}: weight {value!r} must be a number above 0, at most {_MOST_PASSES}: the passes over "
+            "it in an epoch"
+        )
     return weight
 
 

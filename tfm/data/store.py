@@ -14,8 +14,11 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
+import logging
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +43,10 @@ _FIELDS = (
     *("segmentations", "segmentation_alpha"),
 )
 _TOKENIZER_FIELDS = ("vocab_size", "tokenizer_sample", "tokenizer_model")
+_OTHER_FILES = 512  # that a process may have open beside a store's
+_SCRATCH = "tfm-scratch-"
+
+_log = logging.getLogger(__name__)
 
 
 class TokenStore:
@@ -49,6 +56,7 @@ class TokenStore:
         self.directory = directory
         self.manifest = manifest
         self._tables: dict[str, list[PairTable]] = {}
+        _allow_open_files(sum(len(table["shards"]) for table in manifest["tables"]))
         for table in manifest["tables"]:
             shards = [map_shard(directory / shard["file"], shard["arrays"]) for shard in table["shards"]]
             self._tables.setdefault(table["split"], []).append(PairTable(table["name"], table["weight"], shards))
@@ -59,14 +67,15 @@ class TokenStore:
             raise InputError(f"{self.directory}: holds no split {split!r}, only {', '.join(self._tables)}")
         return self._tables[split]
 
-    def text(self, split: str) -> list[tuple[str, str]]:
-        """Source and target text of a validation split, pair by pair as in `tables(split)`."""
-        pairs: list[tuple[str, str]] = []
+    def text(self, split: str, most: int | None = None) -> list[tuple[str, str]]:
+        """Source and target text of a validation split, `most` pairs at most: of several corpora, from each in turn."""
+        of_tables: list[list[tuple[str, str]]] = []
         for table in self.manifest["tables"]:
             if table["split"] == split and table["text"]:
                 sides = [(self.directory / file).read_bytes().decode().split("\n")[:-1] for file in table["text"]]
-                pairs += zip(*sides, strict=True)
-        return pairs
+                of_tables.append(list(zip(*sides, strict=True)))
+        in_turn = (pair for pairs in itertools.zip_longest(*of_tables) for pair in pairs if pair is not None)
+        return list(itertools.islice(in_turn, most))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -126,7 +135,18 @@ def open_store(directory: str | os.PathLike[str], cache_dir: str | os.PathLike[s
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the manifest of a token store ({error!r}); prepare it anew") from error
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise InputError(f"{root}: this process may not open as many files as it has: raise `ulimit -n`") from error
         raise InputError(f"{path}: no token store can be read here ({error}); prepare it") from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit where so many more would exceed it: each mapped file keeps its descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _is_remote(path: epath.Path) -> bool:
@@ -144,21 +164,19 @@ def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_di
     local = cache_dir / f"store-{hashlib.sha256(content).hexdigest()[:16]}"
     if (local / MANIFEST).exists():
         return local
-    with _written(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{local.name}.partial-", dir=cache_dir) as scratch:
-            partial = Path(scratch) / local.name
-            partial.mkdir()
-            for name, entry in manifest["files"].items():
-                (root / name).copy(partial / name)
-                if file_sha256(partial / name) != entry["sha256"]:
-                    raise InputError(f"{root / name}: its content is not what the manifest says; prepare it anew")
-            (partial / MANIFEST).write_bytes(content)
-            try:
-                os.rename(partial, local)
-            except OSError as error:  # another process of this host was faster
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
+    with _written(cache_dir), _scratch(cache_dir) as scratch:
+        partial = scratch / local.name
+        partial.mkdir()
+        for name, entry in manifest["files"].items():
+            (root / name).copy(partial / name)
+            if file_sha256(partial / name) != entry["sha256"]:
+                raise InputError(f"{root / name}: its content is not what the manifest says; prepare it anew")
+        (partial / MANIFEST).write_bytes(content)
+        try:
+            os.rename(partial, local)
+        except OSError as error:  # another process of this host was faster
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     return local
 
 
@@ -174,12 +192,16 @@ def store_directory(config: Config, workdir: str | os.PathLike[str]) -> str:
 
 
 def prepare(
-    config: Config, directory: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None = None
+    config: Config,
+    directory: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    has_begun: bool = False,
 ) -> TokenStore:
     """Checks the corpora, trains the tokenizer, tokenizes once, and returns the opened store `directory`.
 
     A store that is there already is used if it was prepared with the same fields from the same files, and is refused
-    with an InputError naming what differs if not. `tokenizer_path` stands in for `data.tokenizer`. The store is built
+    with an InputError naming what differs if not: what to do depends on whether a run `has_begun` with it.
+    `tokenizer_path` stands in for `data.tokenizer`. The store is built
     aside and renamed (or, to gs://, uploaded with the manifest last), so that an interrupted call leaves none. Raises
     InputError at bad input, and where the store cannot be written.
     """
@@ -188,15 +210,17 @@ def prepare(
     tokenizer = Tokenizer.load(given) if given else None
     fields = _fields(config, tokenizer)
     corpora = open_corpora(config.data)
-    if (root / MANIFEST).exists():
-        _refuse_other(root, fields)
+    if tokenizer is not None and tokenizer.vocab_size != config.data.vocab_size:
+        _log.info("%s has %d pieces, whatever data.vocab_size says", given, tokenizer.vocab_size)
+    with _written(root):
+        is_there = (root / MANIFEST).exists()
+    if is_there:
+        _refuse_other(root, fields, has_begun)
     elif _is_remote(root):
         cache_dir = _cache_of(root, config.data.cache_dir)
-        with _written(root):
-            cache_dir.mkdir(parents=True, exist_ok=True)
-        with _written(root), tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            build_store(config, corpora, Path(scratch), tokenizer, fields)
-            for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == MANIFEST):
+        with _written(root), _scratch(cache_dir) as scratch:
+            build_store(config, corpora, scratch, tokenizer, fields)
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == MANIFEST):
                 epath.Path(path).copy(root / path.name, overwrite=True)
     else:
         _build_aside(config, corpora, Path(os.path.abspath(root)), tokenizer, fields)
@@ -237,11 +261,56 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A new directory below `parent`, which goes at the end; those that killed processes have left there go now."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{_SCRATCH}*"):
+        with _held(left) as is_mine:
+            if is_mine:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+        with _held(path) as is_mine:
+            if not is_mine:  # another process, at its start, took it for one that was left
+                continue
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Locks a directory; whether it is there, and no other process has it."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield directory.exists()
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def _written(path: epath.Path | Path) -> Iterator[None]:
     """Turns a full disk, a missing right and the like into an InputError that names the place."""
     try:
         yield
-    except (OSError, ImportError) as error:
+    except ImportError as error:
+        raise InputError(
+            f"{path}: the token store takes a package that is missing ({error}); install it, or set up anew"
+        ) from error
+    except OSError as error:
+        if error.filename is not None and Path(path).parent not in Path(os.path.abspath(error.filename)).parents:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
         raise InputError(
             f"{path}: the token store cannot be written ({error}); make room or make it writable, or name another "
             "place with data.store or data.cache_dir"
@@ -260,7 +329,7 @@ def _fields(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _refuse_other(root: epath.Path, fields: dict[str, Any]) -> None:
+def _refuse_other(root: epath.Path, fields: dict[str, Any], has_begun: bool) -> None:
     """Raises InputError where the store was prepared with other fields, or from files that have changed since."""
     try:
         manifest = json.loads((root / MANIFEST).read_bytes())
@@ -274,9 +343,10 @@ def _refuse_other(root: epath.Path, fields: dict[str, Any]) -> None:
     ]
     other += [f"{entry['path']} has changed since" for entry in sources if _has_changed(entry)]
     if other:
+        anew = "delete it to have it prepared anew, or name another with data.store"
+        back = "put back what has changed, for the run has begun with it, or use another --workdir and data.store"
         raise InputError(
-            f"{root}: holds a token store prepared otherwise ({'; '.join(other)}); delete it to have it prepared "
-            "anew, or name another with data.store"
+            f"{root}: holds a token store prepared otherwise ({'; '.join(other)}); {back if has_begun else anew}"
         )
 
 

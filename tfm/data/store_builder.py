@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfm.config import Config, DataConfig, InputError
-from tfm.data.checks import EMPTY, CorpusReport, SplitReport, TextChecks, check_lengths
+from tfm.data.checks import EMPTY, NUL, CorpusReport, SplitReport, TextChecks, check_lengths
 from tfm.data.corpus import Corpus, RawPair, corpora_with, to_text
 from tfm.data.shards import TOKENIZER, StoreWriter
 from tfm.data.tokenizer import EOS, SentenceSample, Tokenizer, train_tokenizer
@@ -73,6 +73,11 @@ def _scan(
             log.info("%s %s: %d pairs checked", corpus.name, split, report.pairs)
     if not report.pairs:
         raise InputError(f"{corpus.where(split)}: no pairs in the split {split!r}; give a corpus with at least one")
+    if 2 * report.findings[NUL].count > report.pairs:
+        raise InputError(
+            f"{report.origin}: {report.findings[NUL].count} of {report.pairs} pairs hold NUL, so that this is no UTF-8 "
+            "text: of UTF-16, `iconv -f utf-16 -t utf-8` makes it"
+        )
     repeated = checks.finish()
     if training and report.findings[EMPTY].count == report.pairs:
         raise InputError(
@@ -97,6 +102,8 @@ def _tokenize(
     texts: list[tuple[str, str]] = []
     line = 1
     for chunk in _chunks(corpus.pairs(report.split)):
+        if line - 1 + len(chunk) > report.pairs:
+            raise _changed(corpus, report)
         pairs = [(to_text(source), to_text(target)) for source, target in chunk]
         ids = [tokenizer.encode(side) for side in zip(*pairs, strict=True)]
         empty = np.array([not (source and target) for source, target in zip(*ids, strict=True)])
@@ -122,6 +129,8 @@ def _tokenize(
         line += len(pairs)
         if (line - 1) % _PROGRESS == 0:
             log.info("%s %s: %d pairs tokenized", corpus.name, report.split, line - 1)
+    if line - 1 != report.pairs:
+        raise _changed(corpus, report)
     if not report.stored:
         raise InputError(
             f"{report.origin}: every one of {report.pairs} pairs was dropped "
@@ -130,6 +139,13 @@ def _tokenize(
         )
     if texts:
         writer.add_text(texts)
+
+
+def _changed(corpus: Corpus, report: SplitReport) -> InputError:
+    return InputError(
+        f"{corpus.where(report.split)}: has changed while it was read, from {report.pairs} pairs at first: prepare it "
+        "once it is complete"
+    )
 
 
 def _drawn(

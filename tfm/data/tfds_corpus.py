@@ -129,8 +129,14 @@ class TfdsCorpus(Corpus):
                 f"data.corpus={self.spec.text!r} has no split {split!r}; it has "
                 f"{', '.join(self.builder.info.splits)}: set data.train_split or data.validation_split to one of them"
             )
-        records = self.builder.as_data_source(split=split)
-        return read_records(records, self.source_language, self.target_language)
+        try:
+            records = self.builder.as_data_source(split=split)
+            yield from read_records(records, self.source_language, self.target_language)
+        except Exception as error:  # of a damaged file, the reader and the decoder of its records raise anything
+            raise InputError(
+                f"{self.where(split)}: cannot be read ({type(error).__name__}: {_first_line(error)}): a file of it is "
+                f"damaged or missing; delete {self.builder.data_dir} and prepare it anew: {self._command()}"
+            ) from error
 
     def identity(self, split: str) -> list[dict[str, Any]]:
         return [file_identity(path) for path in self.builder.info.splits[_base(split)].filepaths]

@@ -223,7 +223,7 @@ def train_tokenizer(
             minloglevel=2,
             **_SPECIAL,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _training_error(error, vocab_size) from error
     tokenizer = Tokenizer(output.getvalue())
     if tokenizer.vocab_size < vocab_size:
@@ -243,7 +243,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _training_error(error: RuntimeError, vocab_size: int) -> InputError:
+def _training_error(error: Exception, vocab_size: int) -> InputError:
     message = " ".join(str(error).split())
     if found := re.search(r"smaller than required_chars\D*(\d+) vs (\d+)", message):
         return InputError(

@@ -26,7 +26,7 @@ from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
 from tfm.training.metrics import MetricsWriter, finite, read_events
 from tfm.training.signals import Stopped, StopRequest, stop_signals
-from tfm.training.step import Trainer, TrainState, training_model
+from tfm.training.step import Trainer, TrainState, check_rows, training_model
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +62,14 @@ class Run:
         """`stack` closes what the run opens: the log, and the checkpoint that is still being written."""
         self.config, self.run = config, run
         mesh = self.mesh = sharding.make_mesh(config.mesh)
+        check_rows(config, mesh)  # before a corpus is prepared for hours
         initial = _run_to_start_from(config, run)
-        store = _prepared(config, run, initial)
+        store = _prepared(config, run)
         self.model = training_model(config, store.tokenizer.vocab_size, mesh.devices.flat[0].platform)
         self.trainer = Trainer(config, self.model, mesh)
         self.batches = TrainBatches(store, config.data.train_split, config)
         self.validation = validation_batches(store, config.data.validation_split, config)
-        self.validation_text = store.text(config.data.validation_split)[: config.training.evaluate_sentences]
+        self.validation_text = store.text(config.data.validation_split, config.training.evaluate_sentences)
         self.translator = Translator([self.model], mesh, store.tokenizer, config.validation_decoding, scores=False)
         self.checkpointer = stack.enter_context(
             Checkpointer(
@@ -79,8 +80,10 @@ class Run:
             )
         )
         self.evaluation_is_due = False
+        hosts.meet()
         self.state = self._resumed() or self._started(initial)
         self.first_step = int(self.state.step)
+        hosts.first_does(lambda: run.adopt(config))  # nothing refuses it any more
         self.writer: MetricsWriter | None = None
         if hosts.is_first():
             self.writer = stack.enter_context(
@@ -323,17 +326,12 @@ def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None
     return None if CheckpointReader(run).steps() else RunDirectory.open(path)
 
 
-def _prepared(config: Config, run: RunDirectory, initial: RunDirectory | None) -> TokenStore:
+def _prepared(config: Config, run: RunDirectory) -> TokenStore:
     """The token store, built if it is not there, and the run's own copy of its tokenizer."""
-    tokenizer = None if initial is None else initial.tokenizer_path
-    # A tokenizer that was brought along is the run's own from then on: it may be moved where it came from.
-    brought = config.training.initialize_from is not None or config.data.tokenizer is not None
-    if tokenizer is None and brought and run.tokenizer_path.exists():
-        tokenizer = run.tokenizer_path
     directory = store_directory(config, run.path)
 
     def prepared() -> TokenStore:
-        store = prepare(config, directory, tokenizer)
+        store = prepare(config, directory, run.brought_tokenizer(config), run.has_begun())
         run.install_tokenizer(store.tokenizer_path)
         return store
 
