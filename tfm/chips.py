@@ -1,8 +1,10 @@
 """What an accelerator's maker says it can do, in one place: peaks, memory, and bandwidths of one chip.
 
 TPU figures are those of Google Cloud's "TPU v4", "v5e", "v5p" and "v6e" system architecture pages; links between chips
-are those of "How to Scale Your Model" (Austin et al., 2025, chapter 2), one direction of one link. GPU figures are
-NVIDIA's data sheets, dense matrix products without sparsity.
+are those of "How to Scale Your Model" (Austin et al., 2025, chapter 2), one direction of one link. The network between
+slices is a chip's share: of v5p as its page has it, of v5e and v6e the pod's by its chips, of v4 a quarter of the 25
+GB/s of a host that the book takes for typical. GPU figures are NVIDIA's data sheets, dense matrix products without
+sparsity.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ class Chip:
     link_bandwidth: float  # bytes/s in one direction of one link
     torus_axes: int = 0  # axes of the slice's grid that each chip has two links along; 0 where there is no grid
     wraps_from: int = 0  # chips along an axis from which on its ends are joined to a ring; 0 is never
+    network_bandwidth: float = 0.0  # bytes/s between slices, in one direction, of a chip's share of its host
 
 
 GIB = 2**30
 
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 4.5e10, torus_axes=3, wraps_from=4),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 8.1e11, 4.5e10, torus_axes=2, wraps_from=16),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 9.0e10, torus_axes=3, wraps_from=4),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 9.0e10, torus_axes=2, wraps_from=16),
+    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 4.5e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
+    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 8.1e11, 4.5e10, torus_axes=2, wraps_from=16, network_bandwidth=3.125e9),
+    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 9.0e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
+    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 9.0e10, torus_axes=2, wraps_from=16, network_bandwidth=1.25e10),
 }
 GPUS = {
     "A100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2.039e12, 3.0e11),

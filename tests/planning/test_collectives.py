@@ -55,6 +55,25 @@ def test_kinds_bytes_and_groups(operation, kind, size, group):
     assert (found.kind, found.count, found.bytes, len(found.group)) == (kind, 1, size, group)
 
 
+MEGASCALE = (
+    "%t = token[] after-all()\n  ROOT %r = (f32[64]{0}, u32[], token[]) send(%x, %t), channel_id=3, "
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}'
+)
+
+
+def test_what_slices_say_to_one_another():
+    """As a TPU's compiler writes the sum between slices of what each chip has after one within each."""
+    text = MEGASCALE.replace("TARGET", "{1,2}x{0:3}").replace("TYPE", "ALL_REDUCE")
+    found = collectives_of(Program(HEAD.replace("OPERATION", text)), 8)
+    assert found == [Collective("all-reduce-between-slices", 1, 256.0, (0, 4))]
+    text = text.replace("{1,2}", "{1,2,3,4}")
+    assert collectives_of(Program(HEAD.replace("OPERATION", text)), 8)[0].group == (0, 2, 4, 6)
+    for unknown in (text.replace("ALL_REDUCE", "ONE_TO_ONE"), text.replace("{1,2,3,4}", "all")):
+        with pytest.raises(ValueError, match="unknown form of what slices say"):
+            collectives_of(Program(HEAD.replace("OPERATION", unknown)), 8)
+
+
 def test_groups_of_a_transposed_grid():
     text = HEAD.replace("OPERATION", "ROOT %r = f32[64]{0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0)")
     assert collectives_of(Program(text), 8)[0].group == (0, 2, 4, 6)
@@ -167,6 +186,11 @@ def test_the_formula_over_fsdp_by_hand():
         "all-gather": 3 * (2 * 128 * 2 + 400 * 4),  # a table once, for both passes
         "reduce-scatter": 3 * (128 * 2 + 400 * 4),
         "all-reduce": 3 * (128 / 4 * 2 + 8 * 4 + 400 / 4 * 4),
+    }
+    assert expected_traffic(mesh, parameters, shardings, 1, jnp.bfloat16, slices=2) == {
+        "all-gather": 2 * 128 * 2 + 400 * 4 + 8 * 4,
+        "reduce-scatter": 128 * 2 + 400 * 4 + 8 * 4,
+        "all-reduce-between-slices": 128 / 4 * 2 + 8 / 4 * 4 + 400 / 4 * 4,
     }
     with pytest.raises(ValueError, match="batch axes"):
         expected_traffic(sharding.make_mesh(MeshConfig(tensor=2)), parameters, shardings, 1, jnp.bfloat16)

@@ -113,3 +113,19 @@ def test_a_plan_by_the_tpu_compiler(tiny_config):
     assert plan["collectives"]["all-reduce"]["bytes"] == pytest.approx(
         plan["collective_bytes_by_formula"]["all-reduce"], rel=0.1
     )
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
+def test_a_plan_of_two_slices_by_the_tpu_compiler(tiny_config):
+    """Gradients that each chip of a slice has a part of cross the network once."""
+    sizes = {"model.d_model": 256, "model.d_ff": 1024}  # of which the padding of what is sent is a small part
+    config = tiny_config({**sizes, "mesh.slices": 2, "mesh.fsdp": 4, "model.tie_embeddings": "none"})
+    plan = plan_for(config, topology_of("v5e:2x2"), rows_per_chip=8)
+    assert (plan["slices"], plan["chips"], plan["mesh"]) == (2, 8, {"data": 2, "fsdp": 4, "tensor": 1})
+    between = "all-reduce-between-slices"
+    crossing = plan["collectives"][between]["bytes"]
+    assert crossing == pytest.approx(plan["collective_bytes_by_formula"][between], rel=0.1)
+    network = plan["network_seconds"]
+    assert network == pytest.approx(crossing / topology_of("v5e:2x2").chip.network_bandwidth)
+    assert plan["predicted_step_seconds"] >= network > 0
+    assert plan["decode"]["collectives"] == {}

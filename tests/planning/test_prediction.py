@@ -13,6 +13,8 @@ def test_the_largest_and_the_sum():
     assert (prediction.compute_seconds, prediction.memory_seconds, prediction.interconnect_seconds) == (5.0, 2.0, 1.0)
     assert (prediction.largest_seconds, prediction.sum_seconds, prediction.bound_by) == (5.0, 8.0, "compute")
     assert predict(CHIP, 1.0, 20.0, 3.0).bound_by == "interconnect"
+    between = predict(CHIP, 1.0, 20.0, 3.0, network_seconds=4.0)
+    assert (between.bound_by, between.largest_seconds, between.sum_seconds) == ("network", 4.0, 9.01)
 
 
 def test_utilisation_is_of_the_formula_s_flops():

@@ -19,6 +19,7 @@ def a_plan(chips: int, fits: bool = True) -> dict:
     }
     return {
         "topology": f"v5e:{chips}x1",
+        "slices": 1,
         "chip": "TPU v5e",
         "parameters": 63_045_632,
         "mesh": {"data": chips, "fsdp": 1, "tensor": 1},

@@ -1,5 +1,6 @@
 """Slices by name, and the time of collectives on their links by hand."""
 
+import dataclasses
 import itertools
 from importlib.util import find_spec
 
@@ -36,6 +37,16 @@ def test_an_unknown_slice_is_refused_with_those_that_are_known(name):
     assert "\n" not in str(caught.value)
     if name == "v5e:16x15":
         assert "did you mean v5e:16x16?" in str(caught.value)
+
+
+def test_between_slices_each_chip_has_its_share_of_the_network():
+    for slices in (2, 4):
+        where = dataclasses.replace(topology_of("v5e:2x2"), slices=slices)
+        assert (where.chips, str(where)) == (4 * slices, f"{slices} x v5e:2x2")
+        between = Collective("all-reduce-between-slices", 3, 1e9, tuple(range(0, 4 * slices, 4)))
+        moved = 2e9 * (slices - 1) / slices
+        assert collective_seconds(between, where, []) == pytest.approx(3 * moved / TPUS["v5e"].network_bandwidth)
+    assert all(chip.network_bandwidth for chip in TPUS.values())
 
 
 def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch):

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from tfm import sharding
 from tfm.planning.hlo import Program
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "all-reduce-between-slices"
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +47,20 @@ def collectives_of(program: Program, devices: int) -> list[Collective]:
     """The collectives among `devices` of a program, each once, with how often it is executed.
 
     An asynchronous one counts where it starts; on a TPU, it may then go on within fusions of other work. What a TPU
-    fuses, an all-reduce of which each chip keeps a piece, is a reduce-scatter. Groups of a single chip say nothing, and
-    are left out.
+    fuses, an all-reduce of which each chip keeps a piece, is a reduce-scatter. A sum over several slices comes in three
+    parts: a reduce-scatter and an all-gather within each, and between them what each chip sends to its like in the
+    others. Groups of a single chip say nothing, and are left out.
 
     Raises:
-      ValueError: groups written in a form that isn't known.
+      ValueError: groups, or what is said between slices, in a form that isn't known.
     """
     found = []
     continued = _continued(program)
     for computation, instruction, times, _ in program.executed():
+        if instruction.opcode == "send" and "megascale" in instruction.attributes:
+            size = float(computation.operand_bytes(instruction))
+            found.append(Collective(BETWEEN_SLICES, times, size, _one_of_each_slice(instruction.attributes, devices)))
+            continue
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS or computation.name in continued:
             continue
@@ -112,6 +118,14 @@ def _group(kind: str, attributes: str, devices: int) -> tuple[int, ...]:
     return tuple(range(devices))  # all together
 
 
+def _one_of_each_slice(attributes: str, devices: int) -> tuple[int, ...]:
+    """The first chips of all slices: `_xla_megascale_target="{1,2}x{0:3}"` is two slices of four."""
+    slices = re.search(r'megascale_target="\{([\d,]+)\}x', attributes)
+    if slices is None or 'megascale_transfer_type="ALL_REDUCE"' not in attributes:
+        raise ValueError(f"unknown form of what slices say to one another in {attributes}")
+    return tuple(range(0, devices, devices // len(_numbers(slices[1]))))
+
+
 def _group_on_mesh(attributes: str) -> tuple[int, ...]:
     """Groups along named axes: `mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}`.
 
@@ -143,14 +157,17 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, dtype: Any) -> dict[str, float]:
+def expected_traffic(
+    mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, dtype: Any, slices: int = 1
+) -> dict[str, float]:
     """Bytes a step by kind, by formula, where only the batch axes split anything; scalars, such as the loss, left out.
 
     The gradient of a weight has the dtype of the matrix product that it comes from; those of tables, biases and norms
     are float32. They are summed over the batch once a micro-batch. A parameter that is whole on every device has its
     gradient all-reduced. One that is split (fsdp) is gathered for the forward pass, a weight again for the backward
     pass; its gradient is summed and cut by a reduce-scatter, and what is left of it is all-reduced over the other batch
-    axis. That is the least: the compiler may all-reduce a whole gradient where a reduce-scatter would do.
+    axis; over several slices by a reduce-scatter within each, an all-reduce of the pieces between them, and an
+    all-gather. That is the least: the compiler may all-reduce a whole gradient where a reduce-scatter would do.
 
     Raises:
       ValueError: a mesh that splits more than the batch.
@@ -158,7 +175,7 @@ def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches:
     shards = sharding.batch_shards(mesh)
     if shards != mesh.size:
         raise ValueError("the formula is one of the batch axes alone")
-    found = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter"), 0.0)
+    found = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter", BETWEEN_SLICES), 0.0)
     for (path, leaf), where in zip(
         jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
     ):
@@ -168,6 +185,11 @@ def expected_traffic(mesh: Mesh, parameters: Any, shardings: Any, micro_batches:
         if parts > 1:
             found["all-gather"] += (2.0 if is_weight else 1.0) * size
             found["reduce-scatter"] += size
-        if shards > parts:
+        if shards > parts and slices == 1:
             found["all-reduce"] += size / parts
+        elif shards > parts:
+            alike = shards // parts // slices  # chips of a slice that have the same part
+            for kind in ("reduce-scatter", "all-gather"):
+                found[kind] += size / parts if alike > 1 else 0.0
+            found[BETWEEN_SLICES] += size / parts / alike
     return {kind: size for kind, size in found.items() if size}

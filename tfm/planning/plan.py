@@ -18,7 +18,7 @@ from tfm.chips import chip_of
 from tfm.config import Config, InputError, MeshConfig
 from tfm.model.flops import decode_step_flops, train_step_flops
 from tfm.model.transformer import count_parameters
-from tfm.planning.collectives import expected_traffic, traffic
+from tfm.planning.collectives import BETWEEN_SLICES, expected_traffic, traffic
 from tfm.planning.compiled import (
     Compiled,
     Counts,
@@ -58,10 +58,8 @@ def mesh_of(text: str, slices: int = 1) -> MeshConfig:
 
 
 def trainer_on(config: Config, topology: Topology | None, rows_per_chip: int | None = None) -> Trainer:
-    """The trainer on a slice of TPUs, or on the devices at hand. Raises InputError as `plan_for` does."""
-    if topology is not None and config.mesh.slices > 1:
-        raise InputError(f"mesh.slices={config.mesh.slices}: a plan is of one slice, {topology.name}: leave it out")
-    devices = devices_of(topology) if topology is not None else jax.devices()
+    """The trainer on slices of TPUs, or on the devices at hand. Raises InputError as `plan_for` does."""
+    devices = devices_of(_slices(config, topology)) if topology is not None else jax.devices()
     config = scaled(config, rows_per_chip, len(devices))
     mesh = sharding.make_mesh(config.mesh, devices)
     if rows_per_chip is None and config.rows_per_batch < sharding.batch_shards(mesh):
@@ -71,6 +69,11 @@ def trainer_on(config: Config, topology: Topology | None, rows_per_chip: int | N
             "let it grow with the chips, as with --rows_per_chip=32"
         )
     return trainer_for(config, mesh)
+
+
+def _slices(config: Config, topology: Topology) -> Topology:
+    """As many of that slice as the mesh is of."""
+    return dataclasses.replace(topology, slices=config.mesh.slices)
 
 
 def plan_here(config: Config, rows_per_chip: int | None = None) -> Plan:
@@ -109,15 +112,17 @@ def sweep(
 def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = None) -> Plan:
     """All that compiling the train step and the decode step for a slice of TPUs tells, and the predicted times.
 
-    A model that doesn't fit gives a plan with `fits` false and, under `missing`, how much memory it lacks.
+    Of `mesh.slices` such slices where the config says so. A model that doesn't fit gives a plan with `fits` false and,
+    under `lacking_bytes`, how much memory it lacks.
 
     Raises:
       InputError: no compiler, or a mesh or a batch that doesn't divide.
     """
-    trainer = trainer_on(config, topology, rows_per_chip)
+    trainer, topology = trainer_on(config, topology, rows_per_chip), _slices(config, topology)
     config, mesh = trainer.config, trainer.mesh
-    plan = {**_about(config, trainer), "topology": topology.name, "chip": topology.chip.name}
-    _log.info("%s: compiling the train step for the mesh %s", topology.name, dict(mesh.shape))
+    about = {"topology": topology.name, "slices": topology.slices, "chip": topology.chip.name}
+    plan = {**_about(config, trainer), **about}
+    _log.info("%s: compiling the train step for the mesh %s", topology, dict(mesh.shape))
     start = time.perf_counter()
     try:
         step = compile_train_step(trainer)
@@ -126,7 +131,7 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
         memory = {f"{name}_bytes": size for name, size in state_bytes(trainer).items()}
         memory |= {"total_bytes": error.needed, "available_bytes": error.room}
         return {**plan, "memory_per_chip": memory, "fits": False, "lacking_bytes": lacking, "remedy": _remedy(trainer)}
-    _log.info("%s: compiled in %.0f s; now the decode step", topology.name, time.perf_counter() - start)
+    _log.info("%s: compiled in %.0f s; now the decode step", topology, time.perf_counter() - start)
     plan |= _train_plan(trainer, topology, step)
     try:
         plan["decode"] = _decode_plan(config, topology, mesh, plan)
@@ -183,6 +188,7 @@ def _train_plan(trainer: Trainer, topology: Topology, step: Compiled) -> Plan:
         "compute_seconds": prediction.compute_seconds,
         "memory_seconds": prediction.memory_seconds,
         "interconnect_seconds": prediction.interconnect_seconds,
+        "network_seconds": prediction.network_seconds,
         "bound_by": prediction.bound_by,
         "predicted_step_seconds": largest,
         "predicted_step_seconds_as_sum": total,
@@ -195,8 +201,15 @@ def _train_plan(trainer: Trainer, topology: Topology, step: Compiled) -> Plan:
 
 def _prediction(counts: Counts, topology: Topology, mesh: Mesh) -> Prediction:
     coordinates = coordinates_of(list(mesh.devices.flat), topology)
-    interconnect = sum(collective_seconds(c, topology, coordinates) for c in counts.collectives)
-    return predict(topology.chip, counts.flops, counts.main_memory_bytes, interconnect)
+    interconnect, network = (
+        sum(
+            collective_seconds(one, topology, coordinates)
+            for one in counts.collectives
+            if (one.kind == BETWEEN_SLICES) is between
+        )
+        for between in (False, True)
+    )
+    return predict(topology.chip, counts.flops, counts.main_memory_bytes, interconnect, network)
 
 
 def _memory(trainer: Trainer, step: Compiled, available: float) -> Plan:
@@ -224,6 +237,7 @@ def _expected(trainer: Trainer) -> dict[str, float] | None:
         trainer.state_shardings.parameters,
         trainer.config.training.gradient_accumulation,
         trainer.model.dtype,
+        trainer.config.mesh.slices,
     )
 
 
@@ -249,7 +263,7 @@ def _decode_plan(config: Config, topology: Topology, mesh: Mesh, training: Plan)
         "bytes_with_train_state_per_chip": beside,
         "fits_beside_train_state": beside <= chip.memory,
         "flops_per_chip_by_xla": counts.flops,
-        "flops_per_chip_by_formula": formula / math.prod(topology.grid),
+        "flops_per_chip_by_formula": formula / topology.chips,
         "bytes_accessed_per_chip": counts.bytes_accessed,
         "main_memory_bytes_per_chip": counts.main_memory_bytes,
         "collectives": {kind: dataclasses.asdict(t) for kind, t in traffic(counts.collectives).items()},

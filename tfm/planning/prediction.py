@@ -11,35 +11,35 @@ from tfm.chips import Chip
 class Prediction:
     """Seconds of a step, were each part of it at the chip's peak.
 
-    The truth is, at best, the largest of the three, where the chip does everything at once, and nearer to the sum where
+    The truth is, at best, the largest of them, where the chip does everything at once, and nearer to the sum where
     one waits for the other. No program is at the peak all the time: a measured step takes longer than the first.
     """
 
     compute_seconds: float
     memory_seconds: float
     interconnect_seconds: float
+    network_seconds: float = 0.0  # between slices
 
     @property
     def largest_seconds(self) -> float:
-        return max(self.compute_seconds, self.memory_seconds, self.interconnect_seconds)
+        return max(dataclasses.astuple(self))
 
     @property
     def sum_seconds(self) -> float:
-        return self.compute_seconds + self.memory_seconds + self.interconnect_seconds
+        return sum(dataclasses.astuple(self))
 
     @property
     def bound_by(self) -> str:
-        times = {
-            "compute": self.compute_seconds,
-            "memory": self.memory_seconds,
-            "interconnect": self.interconnect_seconds,
-        }
-        return max(times, key=lambda name: times[name])
+        times = dataclasses.asdict(self)
+        return max(times, key=lambda name: times[name]).removesuffix("_seconds")
 
 
-def predict(chip: Chip, flops: float, main_memory_bytes: float, interconnect_seconds: float) -> Prediction:
+def predict(
+    chip: Chip, flops: float, main_memory_bytes: float, interconnect_seconds: float, network_seconds: float = 0.0
+) -> Prediction:
     """The prediction for a program's FLOPs and bytes on one chip, by the chip's peaks in `tfm.chips`."""
-    return Prediction(flops / chip.peak_flops, main_memory_bytes / chip.memory_bandwidth, interconnect_seconds)
+    memory_seconds = main_memory_bytes / chip.memory_bandwidth
+    return Prediction(flops / chip.peak_flops, memory_seconds, interconnect_seconds, network_seconds)
 
 
 def utilisation(formula_flops: float, seconds: float, chip: Chip) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from tfm.config import InputError
+from tfm.planning.collectives import KINDS
 from tfm.planning.plan import Plan
 from tfm.sharding import LogicalAxes
 from tfm.training.step import Trainer
@@ -18,7 +19,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 def table(plan: Plan) -> str:
     """Every figure of a plan, one a line, in the order and by the names of its JSON."""
-    title = plan.get("topology") or plan["device"]
+    title = _place(plan) if "topology" in plan else plan["device"]
     lines = [f"{title}, mesh {_mesh(plan)}"]
     if "predicted_step_seconds" in plan:
         lines.append("Times are a prediction, made by the chips' peaks; nothing was run.")
@@ -30,7 +31,7 @@ def _lines(values: dict[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in values.items():
         words = name.replace("_", " ")
-        if name in ("topology", "mesh", "device"):
+        if name in ("topology", "slices", "mesh", "device"):
             continue
         if isinstance(value, dict):
             lines += [f"{indent}{words}", *_lines(value, indent + "    ")]
@@ -48,7 +49,7 @@ def _value(name: str, value: Any) -> str:
         return f"{value * 1e3:,.3f} ms"
     if "per_second" in name:
         return f"{value:,.0f}"
-    if "bytes" in name or (name in ("all-reduce", "all-gather", "reduce-scatter")):
+    if "bytes" in name or name in KINDS:
         return f"{_scaled(value)}B"
     if "utilisation" in name:
         return f"{value:.1%}"
@@ -66,6 +67,10 @@ def _scaled(value: float) -> str:
     return f"{value:.4g} {_PREFIXES[power]}"
 
 
+def _place(plan: Plan) -> str:
+    return plan["topology"] if plan["slices"] == 1 else f"{plan['slices']} x {plan['topology']}"
+
+
 def _mesh(plan: Plan) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
 
@@ -75,7 +80,7 @@ def sweep_table(plans: Sequence[Plan]) -> str:
     rows = [("topology", "mesh", "chips", "fits", "GiB/chip", "bound by", "tokens/s", "(sum)", "tokens/s/chip", "MFU")]
     for plan in plans:
         memory = f"{plan['memory_per_chip']['total_bytes'] / 2**30:.2f}"
-        head = (plan["topology"], ",".join(str(size) for size in plan["mesh"].values()), str(plan["chips"]))
+        head = (_place(plan), ",".join(str(size) for size in plan["mesh"].values()), str(plan["chips"]))
         if "predicted_step_seconds" not in plan:
             rows.append((*head, "no", memory, "-", "-", "-", "-", "-"))
             continue

@@ -14,7 +14,7 @@ import jax
 
 from tfm.chips import TPUS, Chip
 from tfm.config import InputError
-from tfm.planning.collectives import Collective
+from tfm.planning.collectives import BETWEEN_SLICES, Collective
 
 # As Google Cloud offers them: "TPU v4", "v5e", "v5p" and "v6e" architecture pages, tables of configurations.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -24,15 +24,20 @@ TOPOLOGIES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: its name, its chip, and the sizes of its grid."""
+    """A slice, or several alike that a network joins: its name, its chip, and the sizes of its grid."""
 
     name: str  # "v5e:16x16"
     chip: Chip
     grid: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chips(self) -> int:
-        return math.prod(self.grid)
+        """Of all slices."""
+        return self.slices * math.prod(self.grid)
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     def is_ring(self, axis: int) -> bool:
         """Whether the ends of an axis are joined. Switches do it in slices of three axes, for whole cubes alone."""
@@ -52,7 +57,7 @@ def topology_of(name: str) -> Topology:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The slice's devices as the TPU compiler describes them: programs compile for them, but do not run.
+    """The devices of the slices as the TPU compiler describes them: programs compile for them, but do not run.
 
     Raises InputError where the compiler, libtpu, is not installed or does not know the slice.
     """
@@ -65,9 +70,11 @@ def devices_of(topology: Topology) -> list[Any]:
 
     _keep_off_the_network()
     # A v4 has two cores, which otherwise would be two devices; later chips are one device in any case.
-    chip = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **chip).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:  # JAX's own errors are RuntimeErrors
         reason = " ".join(str(error).split())
         if "lockfile" in reason:
@@ -100,8 +107,9 @@ def collective_seconds(collective: Collective, topology: Topology, coordinates: 
     reduce-scatter of V bytes among n chips takes V (n - 1) / n over the axes' bandwidth, an all-reduce twice that, an
     all-to-all, whose data need only go a part of the way, a quarter of it. An axis that is no ring, being shorter than
     the chip's `wraps_from`, has half the bandwidth, since its last chip is reached by one link. Chips of a group that
-    are no neighbours share the links between them with the other groups. A permutation goes over one link. Left out:
-    the time of a hop (about a microsecond), and the network between slices.
+    are no neighbours share the links between them with the other groups. A permutation goes over one link. What goes
+    between slices does so at the chip's share of its host's network. Left out is the time of a hop (about a
+    microsecond, and more between slices).
 
     Args:
       collective: of a compiled program.
@@ -109,6 +117,8 @@ def collective_seconds(collective: Collective, topology: Topology, coordinates: 
       coordinates: place in the grid of each device of the mesh, in the mesh's order.
     """
     chip, n = topology.chip, len(collective.group)
+    if collective.kind == BETWEEN_SLICES:
+        return collective.count * 2.0 * collective.bytes * (n - 1) / n / chip.network_bandwidth
     if collective.kind == "collective-permute":
         return collective.count * collective.bytes / chip.link_bandwidth
     places = [coordinates[device] for device in collective.group]
