@@ -1,5 +1,6 @@
 """What holds for the whole house: imports run one way, help answers at once, configs are sound, files have tests."""
 
+import contextlib
 import gc
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -183,17 +185,31 @@ def test_every_module_has_its_tests(module):
     assert mirrored.is_file(), f"tfm/{module} has no {mirrored.relative_to(ROOT)}"
 
 
-def test_ctrl_c_while_garbage_is_collected_is_not_lost(monkeypatch, capsys):
-    """JAX has a callback there, and Python drops what a callback raises."""
+@pytest.mark.parametrize("dropped_by", ["garbage collector", "weak reference", "library"])
+def test_ctrl_c_is_not_lost_where_what_is_raised_is_dropped(dropped_by, monkeypatch, capsys):
+    """JAX has a callback of the garbage collector, and Python drops what a callback raises."""
 
-    def _xla_gc_callback(phase, info):
+    def press(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    def in_garbage_collector(phase, info):
         if phase == "stop":
-            gc.callbacks.remove(_xla_gc_callback)
-            os.kill(os.getpid(), signal.SIGINT)
+            gc.callbacks.remove(in_garbage_collector)
+            press()
 
     def command(arguments):
-        gc.callbacks.append(_xla_gc_callback)
-        gc.collect()
+        if dropped_by == "garbage collector":
+            gc.callbacks.append(in_garbage_collector)
+            gc.collect()
+        elif dropped_by == "weak reference":
+            thing = type("Thing", (), {})()
+            reference = weakref.ref(thing, press)
+            del thing
+            assert reference() is None
+        else:
+            with contextlib.suppress(BaseException):
+                press()
         time.sleep(10)
         pytest.fail("it was lost")
 

@@ -16,10 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tfm import __version__
 from tfm.allocator import keep_freed_memory
 from tfm.config import InputError
+
+_INSISTENCE = 0.3  # seconds between one Ctrl-C and the next
 
 COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "explain", "plan", "benchmark", "demo")
 
@@ -49,25 +52,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ctrl_c_is_never_lost() -> Iterator[None]:
-    """While it lasts, Ctrl-C waits for the garbage collector: what its callbacks raise, and JAX has one, is dropped."""
+    """While it lasts, Ctrl-C is raised again and again until it is on its way out of the main thread.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name.endswith("gc_callback"):
-            again = threading.Timer(0.1, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-        else:
-            signal.default_int_handler(number, frame)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    Python drops what is raised in a callback of the garbage collector (JAX has one) or of a weak reference, and
+    libraries drop what is raised while they look for an attribute.
+    """
+    main, unraisable, ended = threading.main_thread(), sys.unraisablehook, threading.Event()
+    if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
+    asked = threading.Event()
+
+    def insist() -> None:
+        asked.wait()
+        while not ended.wait(_INSISTENCE):
+            handled: Any = sys._current_exceptions().get(main.ident)
+            if not isinstance(handled[1] if isinstance(handled, tuple) else handled, KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.default_int_handler(number, frame)
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            unraisable(dropped)
+
+    threading.Thread(target=insist, daemon=True, name="ctrl-c").start()
     signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = hook
     try:
         yield
     finally:
+        ended.set()
+        asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = unraisable
 
 
 def _flush() -> None:

@@ -112,6 +112,30 @@ def test_gzip_is_known_by_its_bytes_and_named_where_it_is_damaged(tmp_path):
                 list(raw_lines(opened(tmp_path / name, stack)))
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_full_pipe_that_does_not_wait_is_waited_for(monkeypatch, is_named):
+    """Standard output is a buffer above such a pipe; one that is named is written to itself."""
+    source, sink = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(sink, "w"))
+    received = []
+
+    def read_slowly():
+        while block := os.read(source, 30_000):
+            received.append(block)
+            time.sleep(0.01)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    with Output(Path(f"/proc/self/fd/{sink}") if is_named else None) as output:
+        os.set_blocking(output._file.fileno(), False)
+        for _ in range(4):
+            output.write(["x" * 99] * 1000)
+    sys.stdout.close()
+    reader.join()
+    os.close(source)
+    assert b"".join(received) == (b"x" * 99 + b"\n") * 4000
+
+
 def test_resuming_what_was_never_begun_begins(tmp_path):
     with Output(tmp_path / "out", resume=True) as output:
         output.write(["a"])

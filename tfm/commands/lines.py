@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 STANDARD_OUTPUT = Path("-")
-"""How standard output is named where a file is expected."""
+"""How standard output, or input, is named where a file is expected."""
 
 _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
 
@@ -33,7 +33,7 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
 
     A thread reads it, which may still wait for more when all else has ended: it must not hold a buffer's lock then.
     """
-    if path is None:
+    if path is None or path == STANDARD_OUTPUT:
         if sys.stdin is None:
             raise InputError("standard input is closed: name a file to read")
         return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
@@ -153,8 +153,8 @@ class Output:
         size = len(content)
         try:
             while content:
-                content = content[self._file.write(content) or 0 :]
-            self._file.flush()
+                content = content[self._send(content) :]
+            self._flush()
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -167,6 +167,26 @@ class Output:
         self.lines += len(lines)
         if self._whole is not None:
             self._whole += size
+
+    def _send(self, content: memoryview) -> int:
+        """Writes what there is room for, and waits where there is none, in a pipe that was made not to wait itself."""
+        try:
+            sent = self._file.write(content) or 0
+        except BlockingIOError as full:
+            sent = full.characters_written
+        if not sent:
+            self._wait()
+        return sent
+
+    def _flush(self) -> None:
+        while True:
+            try:
+                return self._file.flush()
+            except BlockingIOError:
+                self._wait()
+
+    def _wait(self) -> None:
+        select.select([], [self._file], [], _SECONDS_OF_SILENCE)
 
     def __enter__(self) -> Output:
         return self
