@@ -9,9 +9,7 @@ store/
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -19,9 +17,6 @@ import json
 import logging
 import os
 import resource
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +25,7 @@ from etils import epath
 from tfm.config import Config, InputError
 from tfm.data.checks import CorpusReport
 from tfm.data.corpus import Corpus, file_identity, file_stamp, open_corpora, parse_spec
+from tfm.data.scratch import locked, scratch, written
 from tfm.data.shards import FORMAT, MANIFEST, TOKENIZER, PairTable, Shard, StoreWriter, map_shard
 from tfm.data.store_builder import build_store
 from tfm.data.tokenizer import Tokenizer
@@ -44,7 +40,6 @@ _FIELDS = (
 )
 _TOKENIZER_FIELDS = ("vocab_size", "tokenizer_sample", "tokenizer_model")
 _OTHER_FILES = 512  # that a process may have open beside a store's
-_SCRATCH = "tfm-scratch-"
 
 _log = logging.getLogger(__name__)
 
@@ -164,8 +159,8 @@ def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_di
     local = cache_dir / f"store-{hashlib.sha256(content).hexdigest()[:16]}"
     if (local / MANIFEST).exists():
         return local
-    with _written(cache_dir), _scratch(cache_dir) as scratch:
-        partial = scratch / local.name
+    with written(cache_dir), scratch(cache_dir) as place:
+        partial = place / local.name
         partial.mkdir()
         for name, entry in manifest["files"].items():
             (root / name).copy(partial / name)
@@ -212,15 +207,15 @@ def prepare(
     corpora = open_corpora(config.data)
     if tokenizer is not None and tokenizer.vocab_size != config.data.vocab_size:
         _log.info("%s has %d pieces, whatever data.vocab_size says", given, tokenizer.vocab_size)
-    with _written(root):
+    with written(root):
         is_there = (root / MANIFEST).exists()
     if is_there:
         _refuse_other(root, fields, has_begun)
     elif _is_remote(root):
         cache_dir = _cache_of(root, config.data.cache_dir)
-        with _written(root), _scratch(cache_dir) as scratch:
-            build_store(config, corpora, scratch, tokenizer, fields)
-            for path in sorted(scratch.iterdir(), key=lambda path: path.name == MANIFEST):
+        with written(root), scratch(cache_dir) as place:
+            build_store(config, corpora, place, tokenizer, fields)
+            for path in sorted(place.iterdir(), key=lambda path: path.name == MANIFEST):
                 epath.Path(path).copy(root / path.name, overwrite=True)
     else:
         _build_aside(config, corpora, Path(os.path.abspath(root)), tokenizer, fields)
@@ -234,87 +229,11 @@ def _build_aside(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: is in the way, and is no token store; name another data.store, or remove it")
     partial = directory.with_name(directory.name + ".partial")
-    with _written(partial), _locked(partial):
+    with written(partial), locked(partial):
         for path in partial.iterdir():  # left by a call that was killed
             path.unlink()
         build_store(config, corpora, partial, tokenizer, fields)
         os.replace(partial, directory)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """A new directory, or one that no living process uses, for this process alone; it goes at an error."""
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{directory}: another process is preparing this token store; wait for it") from error
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A new directory below `parent`, which goes at the end; those that killed processes have left there go now."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{_SCRATCH}*"):
-        with _held(left) as is_mine:
-            if is_mine:
-                shutil.rmtree(left, ignore_errors=True)
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-        with _held(path) as is_mine:
-            if not is_mine:  # another process, at its start, took it for one that was left
-                continue
-            try:
-                yield path
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
-            return
-
-
-@contextlib.contextmanager
-def _held(directory: Path) -> Iterator[bool]:
-    """Locks a directory; whether it is there, and no other process has it."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield directory.exists()
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _written(path: epath.Path | Path) -> Iterator[None]:
-    """Turns a full disk, a missing right and the like into an InputError that names the place."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(
-            f"{path}: the token store takes a package that is missing ({error}); install it, or set up anew"
-        ) from error
-    except OSError as error:
-        if error.filename is not None and Path(path).parent not in Path(os.path.abspath(error.filename)).parents:
-            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        raise InputError(
-            f"{path}: the token store cannot be written ({error}); make room or make it writable, or name another "
-            "place with data.store or data.cache_dir"
-        ) from error
 
 
 def _fields(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Directories that are being filled with a token store: for one process alone, and gone where that was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from tfm.config import InputError
+
+_SCRATCH = "tfm-scratch-"
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A new directory, or one that no living process uses, for this process alone; it goes at an error."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{directory}: another process is preparing this token store; wait for it") from error
+        except OSError as error:
+            _log.warning("%s: cannot be locked (%s); prepare it in one process alone", directory, error.strerror)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A new directory below `parent`, which goes at the end; those that killed processes have left there go now."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{_SCRATCH}*"):
+        with _held(left, without_locks=False) as is_mine:
+            if is_mine:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+        with _held(path, without_locks=True) as is_mine:
+            if not is_mine:  # another process, at its start, took it for one that was left
+                continue
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _held(directory: Path, without_locks: bool) -> Iterator[bool]:
+    """Locks a directory; whether it is there, and no other process has it. `without_locks` where the disk has none."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            yield without_locks
+            return
+        yield directory.exists()
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written(path: epath.Path | Path) -> Iterator[None]:
+    """Turns a full disk, a missing right and the like into an InputError that names the place."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{path}: the token store takes a package that is missing ({error}); install it, or set up anew"
+        ) from error
+    except OSError as error:
+        if error.filename is not None and Path(path).parent not in Path(os.path.abspath(error.filename)).parents:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise InputError(
+            f"{path}: the token store cannot be written ({error}); make room or make it writable, or name another "
+            "place with data.store or data.cache_dir"
+        ) from error
