@@ -5,6 +5,7 @@ import dataclasses
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,6 +38,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TFM_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.pop("TFDS_DATA_DIR", None)
+# A shell starts what runs in its background with Ctrl-C ignored, and so would be the programs that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _CONFIG = """
 from pathlib import Path

@@ -188,7 +188,8 @@ class TrainingConfig:
     evaluate_every: int = _at_least(1, 1000)
     """Steps between evaluations on the validation split; an evaluated step also gets a checkpoint."""
     evaluate_sentences: int = _at_least(1, 2000)
-    """Validation sentences that are translated for BLEU and chrF; the loss is always taken over all of them."""
+    """Validation sentences that are translated for BLEU and chrF, of several corpora from each in turn; the loss is
+    always taken over all of them."""
     evaluate_beam_size: int = _at_least(1, 1)
     """Beam with which they are translated; 1, greedy search, is the quickest."""
     best_metric: Literal["bleu", "chrf", "loss"] = "bleu"

@@ -74,6 +74,7 @@ def test_files_give_what_the_pipe_gives(trained, monkeypatch, capsysbinary, tmp_
         (["--workdir={trained}", "--input=nowhere/source"], ["nowhere/source", "cannot be opened"]),
         (["--workdir={trained}", "--output=nowhere/target"], ["nowhere/target", "cannot be written"]),
         (["--workdir={trained}", "--resume"], ["--resume", "--output"]),
+        (["--workdir={trained}", "--resume", "--output=-"], ["--resume", "--output"]),
         (["--workdir={trained}", "--mesh.data=7"], ["--mesh.data=7", "no effect on tfm translate"]),
         (["--workdir={trained}", "--decoding.n_best=2"], ["decoding.n_best=2", "decoding.beam_size=1"]),
         (["--workdir={trained}", "--decoding.beam_size=400"], ["decoding.beam_size=400", "tokens"]),

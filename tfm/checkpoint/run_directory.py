@@ -157,7 +157,10 @@ class RunDirectory:
         """Whether there are steps of a run here: a first start that was refused leaves none, and another may follow."""
         if self.checkpoints_path.exists() and any(True for _ in self.checkpoints_path.iterdir()):
             return True
-        return self.metrics_path.exists() and bool(self.metrics_path.read_bytes())
+        if not self.metrics_path.exists():
+            return False
+        with self.metrics_path.open("rb") as log:
+            return bool(log.read(1))
 
     def brought_tokenizer(self, config: Config) -> AnyPath | None:
         """The tokenizer that a run brings along, and does not train: of the run it starts from, or `data.tokenizer`.

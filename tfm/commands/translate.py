@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tfm.commands.lines import Output, json_line, log_rate, opened, raw_lines, text_lines
+from tfm.commands.lines import STANDARD_OUTPUT, Output, json_line, log_rate, opened, raw_lines, text_lines
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -44,6 +44,9 @@ _JSON_BEGINS = b'{"line": 1, "translations": '
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("translate", argv, Arguments)
+    for name in ("input", "output"):
+        if getattr(arguments, name) == STANDARD_OUTPUT:
+            arguments = dataclasses.replace(arguments, **{name: None})
     if arguments.resume and arguments.output is None:
         raise InputError("--resume goes on behind the lines of --output: name that file")
     from tfm import device_memory, hosts, sharding

@@ -174,7 +174,7 @@ class Run:
         return step % self.config.training.evaluate_every == 0 or step == self.config.training.steps
 
     def _scores(self) -> Scores:
-        """Loss over the whole validation split, BLEU and chrF over its first sentences, of the averaged parameters."""
+        """Loss over the whole validation split, BLEU and chrF over some of it, of the averaged parameters."""
         parameters = self.state.averaged()
         sums = [
             self.trainer.evaluation_step(
