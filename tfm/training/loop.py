@@ -136,8 +136,8 @@ class Run:
                 with progress.paused():
                     self.watchdog.begins("saving")
                     self._save(step)
-                    is_done = self._evaluate(step, stop) if evaluate else step == steps
-                if stop.requested and not (is_done and step == steps):
+                    is_evaluated = evaluate and self._evaluate(step, stop)
+                if stop.requested and not (is_evaluated and step == steps):
                     self.checkpointer.wait()
                     _log.warning("%s: saved step %d; the same command goes on from there", stop.name, step)
                     return stop.status
