@@ -64,7 +64,7 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
                 select.select([file], [], [], _SECONDS_OF_SILENCE)
                 continue
             yield block
-    except (OSError, EOFError, zlib.error) as error:  # the latter of what is not gzip, or cut short
+    except (OSError, EOFError, zlib.error) as error:  # the latter two of damaged gzip
         name = getattr(file, "name", None)
         name = name if isinstance(name, str) and name != "<stdin>" else "standard input"
         raise InputError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
