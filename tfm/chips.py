@@ -3,8 +3,8 @@
 TPU figures are those of Google Cloud's "TPU v4", "v5e", "v5p" and "v6e" system architecture pages; links between chips
 are those of "How to Scale Your Model" (Austin et al., 2025, chapter 2), one direction of one link. The network between
 slices is a chip's share: of v5p as its page has it, of v5e and v6e the pod's by its chips, of v4 a quarter of the 25
-GB/s of a host that the book takes for typical. GPU figures are NVIDIA's data sheets, dense matrix products without
-sparsity.
+GB/s of a host that the book takes for typical. A TPU's memory is what its compiler has
+for programs, by its own word. GPU figures are NVIDIA's data sheets, dense matrix products without sparsity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Chip:
 
     name: str
     peak_flops: float  # bfloat16 matrix products, FLOP/s
-    memory: float  # bytes
+    memory: float  # bytes that a program can have
     memory_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s in one direction of one link
     torus_axes: int = 0  # axes of the slice's grid that each chip has two links along; 0 where there is no grid
@@ -30,10 +30,10 @@ class Chip:
 GIB = 2**30
 
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 4.5e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 8.1e11, 4.5e10, torus_axes=2, wraps_from=16, network_bandwidth=3.125e9),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 9.0e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 9.0e10, torus_axes=2, wraps_from=16, network_bandwidth=1.25e10),
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1.2e12, 4.5e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, torus_axes=2, wraps_from=16, network_bandwidth=3.125e9),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.765e12, 9.0e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
+    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 9.0e10, torus_axes=2, wraps_from=16, network_bandwidth=1.25e10),
 }
 GPUS = {
     "A100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2.039e12, 3.0e11),
@@ -41,6 +41,7 @@ GPUS = {
     "H100": Chip("NVIDIA H100", 989e12, 80 * GIB, 3.35e12, 4.5e11),
     "H100 PCIe": Chip("NVIDIA H100 PCIe", 756e12, 80 * GIB, 2.0e12, 3.0e11),
     "H100 NVL": Chip("NVIDIA H100 NVL", 835e12, 94 * GIB, 3.9e12, 3.0e11),
+    "H200 NVL": Chip("NVIDIA H200 NVL", 835e12, 141 * GIB, 4.8e12, 4.5e11),
     "H200": Chip("NVIDIA H200", 989e12, 141 * GIB, 4.8e12, 4.5e11),
     "B200": Chip("NVIDIA B200", 2250e12, 180 * GIB, 8.0e12, 9.0e11),
 }
@@ -59,6 +60,8 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None for one that isn't in the table, such as a CPU."""
+    """The chip that JAX calls so; None for one that isn't in the table, such as a CPU, and for a part of a GPU (MIG)."""
+    if re.search(r"\bMIG\b", device_kind):
+        return None
     found = [name for name in _KINDS if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE)]
     return _KINDS[max(found, key=len)] if found else None

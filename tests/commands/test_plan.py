@@ -42,6 +42,7 @@ def test_the_parameters_one_a_line(capsys):
         (["--rows_per_chip=0"], ["--rows_per_chip=0", "at least 1"]),
         (["--picture=x.png"], ["--picture", "name them with --topology"]),
         (["--topology=v5e:2x2", "--meshes=a"], ["--meshes a", "data,fsdp,tensor"]),
+        (["--topology=v5e:2x2", "--meshes=-1,1,1", "--mesh.fsdp=4"], ["--mesh.fsdp=4 and --meshes", "leave one"]),
         (["--parameters", "--json=p.json"], ["--parameters prints a table", "does not take --json"]),
         (["--topologie=v5e:2x2"], ["did you mean --topology?"]),
     ],
@@ -60,6 +61,21 @@ def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch, capsy
     monkeypatch.setattr("tfm.planning.topology.find_spec", lambda name: None)
     assert plan("--topology=v5e:4x4") == 2
     assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
+
+
+def test_a_failure_late_in_a_sweep_keeps_what_was_planned(monkeypatch, tmp_path, capsys):
+    first = {"device": "cpu", "mesh": {"data": 1}, "fits": True}
+
+    def sweep(*_):
+        yield first
+        raise ValueError("the compiler stumbles")
+
+    monkeypatch.setattr("tfm.planning.plan.sweep", sweep)
+    path = tmp_path / "plans.json"
+    with pytest.raises(ValueError, match="stumbles"):
+        plan("--topology=v5e:2x2", "--topology=v5e:4x4", f"--json={path}")
+    assert json.loads(path.read_text()) == [first]
+    assert "cpu, mesh data=1" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_reported_in_full_and_refused(monkeypatch, tmp_path, capsys):

@@ -69,6 +69,9 @@ def test_what_the_tpu_compiler_says_of_its_memory():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
     told = compiled._out_of_memory(message)
     assert (told.needed, told.room) == (20.5 * 2**30, 15.75 * 2**30)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00G) "
+    told = compiled._out_of_memory(message + "exceeds available HBM (15.75G).")
+    assert (told.needed, told.room) == (512 * 2**30, 15.75 * 2**30)
     assert compiled._out_of_memory("INTERNAL: something else") is None
 
 

@@ -76,7 +76,24 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_to_change(tiny_conf
     assert plan["lacking_bytes"] == 4.75 * 2**30
     with pytest.raises(InputError, match=r"v5e:2x4: does not fit.*15\.75 GiB lacks 4\.75 GiB.*training\.remat=dots"):
         refuse_what_does_not_fit([plan])
+    assert "mesh.fsdp=8 with mesh.data=-1" in plan["remedy"]
+    with pytest.raises(InputError, match=r"lacks 0\.75 GiB"):  # the nearest of several
+        refuse_what_does_not_fit([plan, plan | {"lacking_bytes": 0.75 * 2**30}])
     refuse_what_does_not_fit([plan, {"fits": True}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "ways"),
+    [
+        ({}, 3, "try training.remat=dots or mesh.fsdp=8 with mesh.data=-1 or fewer"),  # 3 rows have no halves
+        ({"mesh.slices": 2}, 2, "training.gradient_accumulation=2 or training.remat=dots or mesh.fsdp=4 with"),
+        ({"mesh.data": 1, "mesh.tensor": 8}, 2, "training.gradient_accumulation=2 or training.remat=dots or fewer"),
+    ],
+)
+def test_what_is_advised_can_be_followed(changes, rows, ways, tiny_config, simulated):
+    sizes = {"model.num_heads": 8, "model.d_model": 64, "model.d_ff": 64}
+    trainer = planning.trainer_on(tiny_config(sizes | changes), SLICE, rows_per_chip=rows)
+    assert ways in planning._remedy(trainer)
 
 
 def test_a_mesh_that_does_not_multiply_is_refused(tiny_config, simulated):
@@ -92,10 +109,10 @@ def test_a_batch_too_small_for_the_slice_names_the_option_that_scales_it(tiny_co
 def test_a_sweep_is_checked_before_anything_is_compiled(tiny_config, simulated, monkeypatch):
     compiled = []
     monkeypatch.setattr(planning, "plan_for", lambda config, where, rows: compiled.append(config.mesh.tensor))
-    sweep(tiny_config(), [SLICE], [MeshConfig(), MeshConfig(-1, 1, 2)])
+    list(sweep(tiny_config(), [SLICE], [MeshConfig(), MeshConfig(-1, 1, 2)]))
     assert compiled == [1, 2]
     with pytest.raises(ConfigError, match=r"mesh\.tensor=3"):
-        sweep(tiny_config(), [SLICE], [MeshConfig(), MeshConfig(-1, 1, 3)])
+        list(sweep(tiny_config(), [SLICE], [MeshConfig(), MeshConfig(-1, 1, 3)]))
     assert compiled == [1, 2]
 
 

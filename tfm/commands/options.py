@@ -40,7 +40,7 @@ class _Given:
 
 
 _ON_ONE_HOST = ("explain", "plan", "prepare")
-_OVER_ALL_DEVICES = ("translate", "score", "evaluate")  # of which none has anything but rows, or a part of the heads
+_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")  # of which none has anything but rows, or a part of the heads
 
 
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
@@ -64,6 +64,8 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
     for option in given:
         if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
             raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
+        if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
+            raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
         if option.name.startswith("mesh."):
             if command == "explain":
                 raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")

@@ -64,15 +64,21 @@ def main(argv: list[str]) -> int:
         print(report.parameter_table(plan.trainer_on(config, slices[0] if slices else None, arguments.rows_per_chip)))
         return 0
     if slices:
-        plans = plan.sweep(config, slices, meshes, arguments.rows_per_chip)
+        following = plan.sweep(config, slices, meshes, arguments.rows_per_chip)
     else:
-        plans = [plan.plan_here(config, arguments.rows_per_chip)]
-    if arguments.json != STANDARD_OUTPUT:
-        print("\n".join(report.table(each) for each in plans))
-        if len(plans) > 1:
-            print(report.sweep_table(plans))
-    if arguments.json is not None:
-        write_text(arguments.json, json.dumps(plans[0] if len(plans) == 1 else plans, indent=2) + "\n")
+        following = iter([plan.plan_here(config, arguments.rows_per_chip)])
+    plans: list[plan.Plan] = []
+    try:
+        for each in following:
+            plans.append(each)
+            if arguments.json != STANDARD_OUTPUT:
+                print(report.table(each), flush=True)
+    finally:  # each took minutes: those before one that fails are kept
+        if plans and arguments.json is not None:
+            alone = len(slices) * len(meshes) <= 1
+            write_text(arguments.json, json.dumps(plans[0] if alone else plans, indent=2) + "\n")
+    if arguments.json != STANDARD_OUTPUT and len(plans) > 1:
+        print(report.sweep_table(plans))
     plan.refuse_what_does_not_fit(plans)
     if arguments.picture is not None:
         report.draw_sweep(plans, arguments.picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -18,7 +19,7 @@ from tfm.model import transformer
 from tfm.model.dropout import dropout_key
 from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
 from tfm.planning.collectives import Collective, collectives_of
-from tfm.planning.costs import all_flops, bytes_accessed, copied_bytes_by_xla
+from tfm.planning.costs import bytes_accessed, copied_bytes_by_xla, flops
 from tfm.planning.hlo import Program
 from tfm.training.step import Trainer, training_model
 
@@ -50,7 +51,6 @@ class Counts:
 class Compiled:
     """A program for one chip of many: bytes as the compiler lays it out, and its counts."""
 
-    argument_bytes: float
     temporary_bytes: float
     total_bytes: float  # arguments, results that take no argument's place, temporaries and the program itself
     counts: Counts
@@ -158,14 +158,8 @@ def compile_decode_step(config: Config, mesh: Mesh) -> DecodeStep:
 
 def bytes_on_a_device(placed: Any) -> float:
     """Bytes that each device has of a tree of placed shapes."""
-    return float(sum(_shard_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(placed)))
-
-
-def _shard_size(leaf: Any) -> int:
-    size = 1
-    for n in leaf.sharding.shard_shape(leaf.shape):
-        size *= n
-    return size
+    leaves = jax.tree.leaves(placed)
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -195,9 +189,10 @@ def _compiled(lowered: Any, devices: int) -> Compiled:
             raise
         raise told from error
     memory = compiled.memory_analysis()
-    arguments, temporary = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
+    temporary = float(memory.temp_size_in_bytes)
     rest = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
-    return Compiled(arguments, temporary, arguments + temporary + rest, counts_of(compiled, devices))
+    total = memory.argument_size_in_bytes + temporary + rest
+    return Compiled(temporary, float(total), counts_of(compiled, devices))
 
 
 def counts_of(compiled: Any, devices: int) -> Counts:
@@ -208,7 +203,7 @@ def counts_of(compiled: Any, devices: int) -> Counts:
     """
     cost = compiled.cost_analysis()
     program = Program(compiled.as_text())
-    flops_once, flops = all_flops(program)
+    flops_once, all_flops = flops(program)
     bytes_once, all_bytes = bytes_accessed(program)
     collectives = tuple(collectives_of(program, devices))
     calls = [
@@ -219,7 +214,7 @@ def counts_of(compiled: Any, devices: int) -> Counts:
         and "cost_estimate" not in instruction.attributes
     ]
     return Counts(
-        cost.get("flops", 0.0) * (flops / flops_once if flops_once else 1.0),
+        cost.get("flops", 0.0) * (all_flops / flops_once if flops_once else 1.0),
         cost.get("bytes accessed", 0.0) * (all_bytes / bytes_once if bytes_once else 1.0),
         copied_bytes_by_xla(program),
         bytes_accessed(program, in_main_memory=True)[1],
@@ -230,8 +225,10 @@ def counts_of(compiled: Any, devices: int) -> Counts:
 
 
 def _out_of_memory(message: str) -> OutOfMemory | None:
-    """What the TPU compiler says it needs: `Used 20.51G of 15.75G hbm`."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    """What the TPU compiler says it needs: `Used 20.51G of 15.75G hbm`, or for far too much another sentence."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message) or re.search(
+        r"total memory required for .*?\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message
+    )
     if found is None:
         return None
     needed, room = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))

@@ -38,27 +38,31 @@ _ELEMENTWISE |= {"compare", "select", "convert", "clamp", "shift-left", "shift-r
 _COPIES = {"copy-start": 4.0, "slice-start": 3.0}
 
 
-def product_flops(program: Program) -> tuple[float, float]:
-    """FLOPs of all matrix products: each loop body once, and each as often as it is executed."""
-    return _flops(program, elementwise=False)
+_DECLARED = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 
 
-def all_flops(program: Program) -> tuple[float, float]:
-    """The same with those of elementwise operations and of sums: nearly what XLA counts."""
-    return _flops(program, elementwise=True)
+def flops(program: Program) -> tuple[float, float]:
+    """FLOPs, each loop body once, and each as often as it is executed: nearly what XLA counts.
 
-
-def _flops(program: Program, *, elementwise: bool) -> tuple[float, float]:
+    Of matrix products, elementwise operations and sums, and what kernels declare of themselves.
+    """
     once = total = 0.0
     for computation, instruction, times, _ in program.executed():
-        flops = _product_flops(computation, instruction)
-        if elementwise and instruction.opcode in _ELEMENTWISE:
-            flops += math.prod(dimensions(instruction.shape))
-        elif elementwise and instruction.opcode in ("reduce", "reduce-window"):
-            summed = math.prod(dimensions(computation.instructions[instruction.operands[0]].shape))
-            flops += max(0, summed - math.prod(dimensions(instruction.shape)))
-        once, total = once + flops, total + flops * times
+        one = _flops_of(computation, instruction)
+        once, total = once + one, total + one * times
     return once, total
+
+
+def _flops_of(computation: Computation, instruction: Instruction) -> float:
+    if instruction.opcode in _ELEMENTWISE:
+        return float(math.prod(dimensions(instruction.shape)))
+    if instruction.opcode in ("reduce", "reduce-window"):
+        summed = math.prod(dimensions(computation.instructions[instruction.operands[0]].shape))
+        return float(max(0, summed - math.prod(dimensions(instruction.shape))))
+    if instruction.opcode == "custom-call":
+        declared = _DECLARED.search(instruction.attributes)
+        return float(declared[1]) if declared else 0.0
+    return _product_flops(computation, instruction)
 
 
 def bytes_accessed(program: Program, *, in_main_memory: bool = False) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,13 +100,15 @@ def plan_here(config: Config, rows_per_chip: int | None = None) -> Plan:
 
 def sweep(
     config: Config, slices: Sequence[Topology], meshes: Sequence[MeshConfig], rows_per_chip: int | None = None
-) -> list[Plan]:
+) -> Iterator[Plan]:
     """`plan_for` of each slice with each mesh. What cannot be planned at all is refused before anything is compiled."""
     configs = [dataclasses.replace(config, mesh=mesh).validate() for mesh in meshes]
     for where in slices:
         for each in configs:
             trainer_on(each, where, rows_per_chip)
-    return [plan_for(each, where, rows_per_chip) for where in slices for each in configs]
+    for where in slices:
+        for each in configs:
+            yield plan_for(each, where, rows_per_chip)
 
 
 def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = None) -> Plan:
@@ -277,28 +279,39 @@ def _remedy(trainer: Trainer) -> str:
     """Which field to change so that a model fits, what costs least first."""
     config, ways = trainer.config, []
     parts = config.training.gradient_accumulation
-    if config.rows_per_batch // sharding.batch_shards(trainer.mesh) >= 2 * parts:
+    if config.rows_per_batch % (sharding.batch_shards(trainer.mesh) * 2 * parts) == 0:
         ways.append(f"training.gradient_accumulation={2 * parts}")
     if config.training.remat == "none":
         ways.append("training.remat=dots")
-    if config.mesh.fsdp == 1 and trainer.mesh.size > 1:
-        ways.append(f"mesh.fsdp={math.gcd(trainer.mesh.shape['data'], 8)}")
+    fsdp = math.gcd(trainer.mesh.shape["data"] // config.mesh.slices, 8)  # of the chips of one slice
+    if config.mesh.fsdp == 1 and fsdp > 1:
+        ways.append(f"mesh.fsdp={fsdp} with mesh.data=-1")
     return "try " + " or ".join([*ways, "fewer training.target_tokens_per_batch"])
 
 
 def refuse_what_does_not_fit(plans: Sequence[Plan]) -> None:
-    """Raises InputError where no plan fits: by how much, and which field to change."""
+    """Raises InputError where no plan fits: by how much the nearest does not, and which field to change."""
     if any(plan["fits"] for plan in plans):
         return
-    plan = plans[0]
-    where = plan.get("topology", plan.get("device"))
-    memory = plan["memory_per_chip"]
-    lacking = plan.get("lacking_bytes", memory["total_bytes"] - memory["available_bytes"])
+
+    def lacking_bytes(plan: Plan) -> float:
+        memory = plan["memory_per_chip"]
+        return plan.get("lacking_bytes", memory["total_bytes"] - memory["available_bytes"])
+
+    plan = min(plans, key=lacking_bytes)
+    lacking, memory = lacking_bytes(plan), plan["memory_per_chip"]
     remedy = plan.get("remedy", "lower training.target_tokens_per_batch, or set training.remat=full")
     raise InputError(
-        f"{where}: does not fit: a chip with {memory['available_bytes'] / 2**30:.2f} GiB lacks {lacking / 2**30:.2f} "
+        f"{place(plan)}: does not fit: a chip with {memory['available_bytes'] / 2**30:.2f} GiB lacks {lacking / 2**30:.2f} "
         f"GiB; {remedy}"
     )
+
+
+def place(plan: Plan) -> str:
+    """What a plan is for, as a title has it."""
+    if "topology" not in plan:
+        return plan["device"]
+    return plan["topology"] if plan["slices"] == 1 else f"{plan['slices']} x {plan['topology']}"
 
 
 def _memory_of(device: Any, devices: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 
 from tfm.config import InputError
 from tfm.planning.collectives import KINDS
-from tfm.planning.plan import Plan
+from tfm.planning.plan import Plan, place
 from tfm.sharding import LogicalAxes
 from tfm.training.step import Trainer
 
@@ -19,8 +20,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 def table(plan: Plan) -> str:
     """Every figure of a plan, one a line, in the order and by the names of its JSON."""
-    title = _place(plan) if "topology" in plan else plan["device"]
-    lines = [f"{title}, mesh {_mesh(plan)}"]
+    lines = [f"{place(plan)}, mesh {_mesh(plan)}"]
     if "predicted_step_seconds" in plan:
         lines.append("Times are a prediction, made by the chips' peaks; nothing was run.")
     return "\n".join(lines + _lines(plan, indent="  ")) + "\n"
@@ -67,10 +67,6 @@ def _scaled(value: float) -> str:
     return f"{value:.4g} {_PREFIXES[power]}"
 
 
-def _place(plan: Plan) -> str:
-    return plan["topology"] if plan["slices"] == 1 else f"{plan['slices']} x {plan['topology']}"
-
-
 def _mesh(plan: Plan) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
 
@@ -80,7 +76,7 @@ def sweep_table(plans: Sequence[Plan]) -> str:
     rows = [("topology", "mesh", "chips", "fits", "GiB/chip", "bound by", "tokens/s", "(sum)", "tokens/s/chip", "MFU")]
     for plan in plans:
         memory = f"{plan['memory_per_chip']['total_bytes'] / 2**30:.2f}"
-        head = (_place(plan), ",".join(str(size) for size in plan["mesh"].values()), str(plan["chips"]))
+        head = (place(plan), ",".join(str(size) for size in plan["mesh"].values()), str(plan["chips"]))
         if "predicted_step_seconds" not in plan:
             rows.append((*head, "no", memory, "-", "-", "-", "-", "-"))
             continue
@@ -107,14 +103,12 @@ def parameter_table(trainer: Trainer) -> str:
     places = jax.tree.leaves(trainer.state_shardings.parameters)
     rows = [("parameter", "shape", "logical axes", "mesh axes", "bytes per device")]
     total = 0
-    for (path, leaf), names, place in zip(parameters, axes, places, strict=True):
-        size = leaf.dtype.itemsize
-        for n in place.shard_shape(leaf.shape):
-            size *= n
+    for (path, leaf), names, where in zip(parameters, axes, places, strict=True):
+        size = leaf.dtype.itemsize * math.prod(where.shard_shape(leaf.shape))
         total += size
         shape = " x ".join(map(str, leaf.shape))
         name = "/".join(str(getattr(key, "key", key)) for key in path)
-        rows.append((name, shape, _names(names), _names(tuple(place.spec)), f"{size:,}"))
+        rows.append((name, shape, _names(names), _names(tuple(where.spec)), f"{size:,}"))
     return _aligned([*rows, ("total", "", "", "", f"{total:,}")])
 
 
@@ -132,7 +126,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def draw_sweep(plans: Sequence[Plan], path: Path) -> None:
     """A picture of predicted target tokens/s against chips, a line each kind of chip and split of the model.
 
-    What doesn't fit is left out. Raises InputError where nothing fits or the file cannot be written.
+    What doesn't fit is left out. Raises InputError where the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -144,8 +138,6 @@ def draw_sweep(plans: Sequence[Plan], path: Path) -> None:
         label = f"{plan['chip']}, fsdp={mesh['fsdp']}, tensor={mesh['tensor']}"
         best, worst = (plan[f"predicted_target_tokens_per_second{end}"] for end in ("", "_as_sum"))
         lines.setdefault(label, []).append((plan["chips"], best, worst))
-    if not lines:
-        raise InputError(f"--picture={path}: there is nothing to draw, since it fits on no --topology")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for label, points in sorted(lines.items()):

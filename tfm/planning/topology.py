@@ -16,10 +16,12 @@ from tfm.chips import TPUS, Chip
 from tfm.config import InputError
 from tfm.planning.collectives import BETWEEN_SLICES, Collective
 
-# As Google Cloud offers them: "TPU v4", "v5e", "v5p" and "v6e" architecture pages, tables of configurations.
+# Of those that Google Cloud offers ("TPU v4", "v5e", "v5p" and "v6e" architecture pages), the ones of whole hosts that
+# libtpu knows, with the largest.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-TOPOLOGIES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT}
+_LARGEST = {"v4": ("12x16x16",), "v5p": ("16x16x16", "16x16x24")}
+TOPOLOGIES = {"v4": _CUBES + _LARGEST["v4"], "v5e": _FLAT, "v5p": _CUBES + _LARGEST["v5p"], "v6e": _FLAT}
 
 
 @dataclasses.dataclass(frozen=True)
