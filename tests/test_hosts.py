@@ -2,6 +2,8 @@
 
 import faulthandler
 import json
+import signal
+import socket
 import subprocess
 import sys
 
@@ -45,6 +47,59 @@ def test_a_number_of_the_environment_has_to_be_one(monkeypatch):
     expected = "JAX_PROCESS_ID=two in the environment: expected a number"
     with pytest.raises(ConfigError, match=expected), hosts.together(Config()):
         pass
+
+
+def test_a_cluster_that_is_not_understood_is_no_single_host(monkeypatch):
+    """Else each of its hosts would train alone, in the same directory."""
+
+    def refuse(**_):
+        raise ValueError("invalid literal for int() with base 10: ''")  # of JAX_LOCAL_DEVICE_IDS=0,1,
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be understood .*: mend its environment"), hosts.together(Config()):
+        pass
+
+
+ALONE = """
+import os, signal, subprocess, sys, time
+from tfm import hosts
+from tfm.config import Config, HostsConfig, InputError
+from tfm.__main__ import main
+from tfm.commands import prepare
+
+def work(argv):
+    with hosts.together(Config(hosts=HostsConfig("localhost:PORT", 1, 0))):
+        print("begun", flush=True)
+        if sys.argv[1] == "wrong":
+            raise InputError("no such thing")
+        time.sleep(60)
+
+prepare.main = work
+sys.exit(main(["prepare"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "said"),
+    [
+        ("wrong", 2, "tfm prepare: error: no such thing\n"),
+        ("SIGINT", 130, "tfm: interrupted\n"),
+        ("SIGTERM", -signal.SIGTERM, ""),
+    ],
+)
+def test_the_only_host_of_a_cluster_ends_as_any_program(what, status, said):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        code = ALONE.replace("PORT", str(free.getsockname()[1]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    if what != "wrong":
+        process.send_signal(signal.Signals[what])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.endswith(said) and "Traceback" not in errors
 
 
 def test_the_hash_is_that_of_the_files_of_the_package():

@@ -151,6 +151,17 @@ def test_fsdp_never_crosses_slices():
     assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices[:, :, 0])
 
 
+def test_machines_of_gpus_are_no_slices():
+    """JAX numbers them as if they were; any axis may cross them."""
+    devices = [Chip(i, (i,), "NVIDIA H100 80GB HBM3", i // 8, "gpu", process_index=i // 8) for i in range(32)]
+    for config in (MeshConfig(), MeshConfig(data=1, fsdp=16, tensor=2)):
+        mesh = sharding.make_mesh(config, devices)
+        assert [chip.id for chip in mesh.devices.flat] == list(range(32))
+    assert sharding.decoding_mesh(2, devices).devices.shape == (16, 1, 2)
+    with pytest.raises(ConfigError, match=r"mesh\.slices=4: the devices are in 1 slices"):
+        sharding.make_mesh(MeshConfig(slices=4), devices)
+
+
 def test_decoding_takes_all_slices_and_splits_no_model_over_two(caplog):
     devices = [chip for index in range(2) for chip in chips("TPU v5 lite", (4, 4), index)]
     mesh = sharding.decoding_mesh(2, devices)

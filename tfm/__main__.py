@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
 import importlib
 import importlib.util
 import io
@@ -48,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has had enough. What is still buffered must not be flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"tfm: error: what was being written has no more room ({error.strerror}): free some", file=sys.stderr)
+        return 2
 
 
 @contextmanager

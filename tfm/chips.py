@@ -22,7 +22,6 @@ class Chip:
     memory: float  # bytes that a program can have
     memory_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s in one direction of one link
-    torus_axes: int = 0  # axes of the slice's grid that each chip has two links along; 0 where there is no grid
     wraps_from: int = 0  # chips along an axis from which on its ends are joined to a ring; 0 is never
     network_bandwidth: float = 0.0  # bytes/s between slices, in one direction, of a chip's share of its host
 
@@ -30,10 +29,10 @@ class Chip:
 GIB = 2**30
 
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1.2e12, 4.5e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
-    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, torus_axes=2, wraps_from=16, network_bandwidth=3.125e9),
-    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.765e12, 9.0e10, torus_axes=3, wraps_from=4, network_bandwidth=6.25e9),
-    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 9.0e10, torus_axes=2, wraps_from=16, network_bandwidth=1.25e10),
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1.2e12, 4.5e10, wraps_from=4, network_bandwidth=6.25e9),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, wraps_from=16, network_bandwidth=3.125e9),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.765e12, 9.0e10, wraps_from=4, network_bandwidth=6.25e9),
+    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 9.0e10, wraps_from=16, network_bandwidth=1.25e10),
 }
 GPUS = {
     "A100": Chip("NVIDIA A100", 312e12, 80 * GIB, 2.039e12, 3.0e11),
@@ -60,7 +59,7 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None for one that isn't in the table, such as a CPU, and for a part of a GPU (MIG)."""
+    """The chip that JAX calls so; None for one that isn't in the table, such as a CPU, and for a part of one (MIG)."""
     if re.search(r"\bMIG\b", device_kind):
         return None
     found = [name for name in _KINDS if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE)]

@@ -70,6 +70,12 @@ def together(config: Config) -> Iterator[None]:
     if not _start(config.hosts):
         yield
         return
+    if count() == 1:  # a cluster's job of one task: its errors and its Ctrl-C are those of any program
+        try:
+            yield
+        finally:
+            jax.distributed.shutdown()
+        return
     try:
         if not is_first():
             logging.getLogger("tfm").setLevel(logging.WARNING)
@@ -135,6 +141,8 @@ def _start(hosts: HostsConfig) -> bool:
         _refuse_taken_port(address)
     if address is not None and size is not None and number:
         _wait_for_the_first(address, hosts.start_timeout)
+    # JAX would take SIGTERM for a request, which nothing but training ever looks for: see `heed_sigterm`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator_address=address,
@@ -146,7 +154,12 @@ def _start(hosts: HostsConfig) -> bool:
         )
     except ValueError as error:
         if (address, size, number) == (None, None, None):
-            return False  # nothing says that there are others
+            if "coordinator_address should be defined" in str(error):
+                return False  # nothing says that there are others
+            raise ConfigError(
+                f"the cluster that JAX finds here cannot be understood ({error}): mend its environment variables, or "
+                "give hosts.coordinator, hosts.count and hosts.index"
+            ) from error
         raise ConfigError(
             f"hosts.coordinator={address}, hosts.count={size}, hosts.index={number}: {error}: give all three, or none "
             "where the cluster is one that JAX knows"
@@ -296,8 +309,19 @@ def meet() -> None:
         _get(f"{key}/{other}")
 
 
+def heed_sigterm() -> None:
+    """From now on, SIGTERM on any host does not end it, but is what `told_to_stop` asks for. All hosts call this."""
+    from jax._src import distributed  # the only way to begin later than at the start
+
+    if count() > 1 and distributed.global_state.preemption_sync_manager is None:
+        jax.config.update("jax_enable_preemption_service", True)
+        distributed.global_state.initialize_preemption_sync_manager()
+
+
 def told_to_stop(step: int) -> bool:
     """Has a host got SIGTERM, and is this the step at which all of them can stop? Asked after each step, by all hosts.
+
+    After `heed_sigterm`.
 
     The answer is the same on all of them: JAX finds a step that none has finished yet.
     """

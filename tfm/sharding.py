@@ -96,7 +96,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _slices(devices: Sequence[Any]) -> int:
-    return len({getattr(device, "slice_index", 0) for device in devices if device.platform != "cpu"}) or 1
+    """Slices of a TPU pod. JAX numbers the machines of GPUs likewise, but any axis may cross those."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:

@@ -21,10 +21,10 @@ def test_ratios_are_the_second_over_the_first(point, report_of):
 
 
 def test_points_are_matched_by_what_they_are(point, report_of):
-    first = report_of(*(point(batch=n, mfu=n / 100) for n in (1, 2, 4)))
-    second = report_of(*(point(batch=n, mfu=n / 50) for n in (4, 2, 8)))
+    first = report_of(*(point(rows_per_batch=n, mfu=n / 100) for n in (1, 2, 4)))
+    second = report_of(*(point(rows_per_batch=n, mfu=n / 50) for n in (4, 2, 8)))
     found = compare(first, second)
-    assert [p["point"]["batch"] for p in found["points"]] == [2, 4]
+    assert [p["point"]["rows_per_batch"] for p in found["points"]] == [2, 4]
     assert [p["figures"]["mfu"]["ratio"] for p in found["points"]] == [2, 2]
 
 
@@ -56,8 +56,10 @@ def test_differences_are_named(report_of):
 def test_what_cannot_be_compared_is_refused(point, report_of):
     with pytest.raises(InputError, match="benchmark train and the other of benchmark decode"):
         compare(report_of(), report_of(benchmark="decode"))
-    with pytest.raises(InputError, match="no point in common: batch=1 devices=1; batch=2 devices=1 in the first"):
-        compare(report_of(point(batch=1), point(batch=2)), report_of(point(batch=3)))
+    with pytest.raises(
+        InputError, match="no point in common: devices=1 rows_per_batch=1; devices=1 rows_per_batch=2 in the first"
+    ):
+        compare(report_of(point(rows_per_batch=1), point(rows_per_batch=2)), report_of(point(rows_per_batch=3)))
 
 
 def test_a_file_that_is_no_report_is_named(tmp_path, report_of):

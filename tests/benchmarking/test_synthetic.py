@@ -16,6 +16,7 @@ def test_pairs_have_their_lengths_and_end_in_the_end_token(lengths):
             assert len(tokens) == table.lengths(side, np.array([index]))[0]
             assert tokens[-1] == EOS
             assert np.all((tokens[:-1] >= 4) & (tokens[:-1] < 100))
+    assert table.pair(3)[0].tolist() != table.pair(4)[0].tolist()
     np.testing.assert_array_equal(table.pair(3)[0], SyntheticTable(lengths, (24, 40), 100, 50).pair(3)[0])
 
 

@@ -489,6 +489,23 @@ def test_what_an_evaluation_gave_joins_the_checkpoint(copy):
     assert (restored.metric, restored.metadata) == (None, {"corpus": "abc", "scores": {"loss": None}})
 
 
+def test_a_kill_while_a_manifest_is_written_anew_damages_nothing(copy):
+    """What the kill leaves is no file of the checkpoint's, and is in nobody's way."""
+    (copy.checkpoints_path / "3" / ".manifest.json.123.tmp").write_bytes(b"{")
+    assert CheckpointReader(copy).restore(abstract(small_state(0))).step == 3
+    with Checkpointer(copy) as checkpointer:
+        assert checkpointer.resume(abstract(small_state(0))).step == 3
+    assert not (copy.checkpoints_path / "damaged").exists()
+
+
+def test_a_best_checkpoint_whose_manifest_is_damaged_is_named(copy, caplog):
+    """Also where another one takes its place before it would be tried."""
+    path = copy.checkpoints_path / "1" / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"step"', b'"stop"', 1))
+    assert CheckpointReader(copy).restore_parameters(abstract(small_state(0))["parameters"]).step == 3
+    assert any("1: damaged, not used: manifest.json cannot be read" in message for message in caplog.messages)
+
+
 def test_an_error_under_way_is_seen_by_polling(run, monkeypatch):
     from tfm.checkpoint import manifest as manifests
 

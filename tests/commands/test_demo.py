@@ -3,7 +3,10 @@
 import re
 from types import SimpleNamespace
 
+import pytest
+
 from tfm.commands import demo
+from tfm.config import InputError
 from tfm.data import demo_corpus
 from tfm.decoding import translator
 
@@ -30,6 +33,11 @@ def test_each_category_is_reported_with_its_errors(monkeypatch, capsys, tmp_path
         assert f"{category}: {right} of 4 exact, error rate" in out
     assert "step 7" in out and f"expected   {pairs[0]['de']}" in out and f"{pairs[0]['en']}, wrong" in out
     assert re.search(rf"exact matches +{len(pairs) - 2} of {len(pairs)}", out)
+
+
+def test_another_corpus_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"data\.corpus=text:x: tfm demo trains on its own corpus"):
+        demo.main([f"--workdir={tmp_path}", "--data.corpus=text:x"])
 
 
 def test_a_training_that_fails_is_what_the_demo_ends_with(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -271,6 +272,11 @@ def test_explain_shows_where_the_model_looks(trained, monkeypatch, capsys, tmp_p
         (["--source=red", "--picture=-"], "a picture is not written to standard output"),
         (["--source=red", "--json=a.png", "--picture=a.png"], "the picture would overwrite it"),
         (["--source=red", "--hosts.count=2"], "has no effect on tfm explain"),
+        (
+            ["--source=red", "--training.seed=3"],
+            "--training.seed=3: has no effect on tfm explain, which trains nothing",
+        ),
+        (["--source=red", "--model.activation=gelu"], "model.activation=gelu: the run "),
     ],
 )
 def test_explain_refuses_what_it_cannot_show(trained, monkeypatch, capsys, tmp_path, options, words):
@@ -279,3 +285,29 @@ def test_explain_refuses_what_it_cannot_show(trained, monkeypatch, capsys, tmp_p
     out, err = capsys.readouterr()
     assert out == "" and words in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["score", "--source=-", "--target=-"],
+        ["translate", "--prefixes=-"],
+        ["translate", "--input=-", "--prefixes=-"],
+    ],
+)
+def test_two_inputs_cannot_both_be_standard_input(trained, argv, capsys):
+    assert main([*argv, f"--workdir={trained}"]) == 2
+    assert "only one of them can be standard input" in capsys.readouterr().err
+
+
+def test_an_address_that_nothing_reads_is_one_line(capsys):
+    assert main(["train", "--config=demo", "--workdir=foo://bar"]) == 2
+    assert "foo://bar: no kind of address that can be read" in capsys.readouterr().err
+
+
+def test_a_full_disk_behind_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tfm", "train", "--config=base", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "no more room" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,8 @@
 """The embedded corpus as a TFDS set: written, read, found again."""
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 
 from tfm.config import InputError
 from tfm.data import demo_corpus
+from tfm.data.corpus import parse_spec
 from tfm.data.demo_grammar import sentences
+from tfm.data.tfds_corpus import DemoCorpus
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,18 @@ def test_random_access(prepared):
     for outside in (100, -101):
         with pytest.raises(IndexError):
             pairs[outside]
+
+
+def test_a_damaged_set_is_named_with_what_to_do(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "sets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "sets"))
+    monkeypatch.setattr(demo_corpus, "data_source", functools.partial(demo_corpus.data_source, config="small"))
+    corpus = DemoCorpus(parse_spec("demo"), "en", "de")
+    assert len(list(corpus.pairs("test"))) == 100
+    (shard,) = (tmp_path / "sets").rglob("*test.array_record*")
+    shard.write_bytes(shard.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"sets cannot be read \(.*delete its directory there"):
+        list(corpus.pairs("test"))
 
 
 def test_written_anew_it_is_the_same(prepared, tmp_path):

@@ -16,7 +16,7 @@ from etils import epath
 from tfm.config import Config, DataConfig, InputError
 from tfm.data import checks, shards, store_builder
 from tfm.data.checks import CorpusReport
-from tfm.data.shards import StoreWriter
+from tfm.data.shards import Shard, StoreWriter
 from tfm.data.store import PairTable, TokenStore, _cache_of, open_store, prepare, store_directory
 from tfm.data.tokenizer import EOS
 
@@ -168,6 +168,21 @@ def test_a_corpus_that_changes_while_it_is_read_is_named(tmp_path, corpus, monke
         assert not (tmp_path / "store").exists()
 
 
+def test_a_corpus_that_changes_to_as_many_lines_is_named_too(tmp_path, corpus, monkeypatch):
+    train = store_builder.train_tokenizer
+
+    def meanwhile(*arguments):
+        path = corpus / "train.de"
+        path.write_bytes(path.read_bytes().swapcase())
+        os.utime(path, ns=(0, 0))
+        return train(*arguments)
+
+    monkeypatch.setattr(store_builder, "train_tokenizer", meanwhile)
+    with pytest.raises(InputError, match=r"train\.de: has changed while it was read: prepare it once"):
+        prepare(config(corpus), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_training_drops_and_counts_and_validation_keeps(tmp_path):
     lines = [("red house", "rotes Haus"), ("", "Hund"), ("tree " * 40, "Baum " * 40), ("dog", "Hund " * 20),
              ("red house", "rotes Haus"), ("blue cat", "blau Katze")]  # fmt: skip
@@ -230,8 +245,10 @@ def test_chunk_of_which_nothing_stays_makes_no_shard(tmp_path, corpus, monkeypat
     assert store.report.splits[0].findings[checks.EMPTY].count == 200
 
 
-def test_table_from_arrays():
-    table = PairTable.from_arrays(np.array([5, 1, 6, 7, 1]), np.array([2, 3]), np.array([8, 1, 1]), np.array([2, 1]))
+def test_a_table_of_a_shard_in_memory():
+    tokens = {"source": np.array([5, 1, 6, 7, 1]), "target": np.array([8, 1, 1])}
+    shard = Shard.from_tokens(tokens, {"source": np.array([2, 3]), "target": np.array([2, 1])})
+    table = PairTable("memory", 1.0, [shard])
     assert [[side.tolist() for side in table.pair(i)] for i in range(2)] == [[[5, 1], [8, 1]], [[6, 7, 1], [1]]]
     assert table.lengths("source", np.array([1, 0, 1])).tolist() == [3, 2, 3]
 

@@ -79,6 +79,15 @@ def test_numpy_ids_are_decoded(tokenizer):
     assert tokenizer.decode([np.array(ids, np.uint16)]) == ["bako litü."]
 
 
+def test_a_learned_piece_in_angle_brackets_is_no_tag(tmp_path):
+    lines = [f"<1>{word}</1> {word}" for word in ("bako", "mu", "tela", "rin")] * 40
+    tokenizer = train_tokenizer(lines, tmp_path / "tokenizer.model", 290)
+    assert any(piece.strip("▁") in ("<1>", "</1>") for piece in tokenizer.pieces(range(tokenizer.vocab_size)))
+    for line in ("<1>bako</1> mu", "</1>mu", "<1> tela"):
+        assert tokenizer.split_tag(line) == (line, None)
+        assert tokenizer.decode(tokenizer.encode([line])) == [line]
+
+
 def test_tags(tokenizer):
     tagged, plain, inside = tokenizer.encode(["<2de> bako", "bako", "bako <2de>"])
     assert tagged == [tokenizer.tag_id("<2de>"), *plain]

@@ -371,6 +371,34 @@ def test_the_n_best_of_lines_and_of_their_parts(translator, tokenizer, parameter
         assert sum(one.token_log_probs) == pytest.approx(one.log_prob, abs=1e-4)
 
 
+def test_of_equal_texts_the_best_alone_is_told_but_each_draw_counts(translator, monkeypatch):
+    """A model trained on several segmentations of each pair spells one text in many ways."""
+    tokens = np.array([[[5, 1, 0], [6, 7, 1], [8, 1, 0]]])
+    hypotheses = Hypotheses(tokens, np.array([[1, 2, 1]]), np.array([[-1.0, -2.0, -3.0]]), np.array([True]))
+    monkeypatch.setattr(module.sharding, "on_host", lambda found: found)
+    monkeypatch.setattr(translator.tokenizer, "decode", lambda ids: ["haus" if row[0] < 8 else "tür" for row in ids])
+    for sampling, expected in ((False, ["haus", "tür"]), (True, ["haus", "haus", "tür"])):
+        monkeypatch.setattr(translator, "config", dataclasses.replace(CONFIG, sampling=sampling))
+        (found,) = translator._hypotheses(hypotheses, 1)
+        assert [one.text for one in found] == expected
+        assert found[0].log_prob == -1.0
+
+
+@pytest.mark.parametrize(
+    ("texts", "whole"),
+    [
+        (["a b.", "c", "", "d"], "a b. c d"),
+        (["点击。", "这里。"], "点击。这里。"),
+        (["여기를", "누르세요"], "여기를 누르세요"),
+        (["", ""], ""),
+    ],
+)
+def test_pieces_are_joined_as_their_script_is_written(texts, whole):
+    pieces = [[Hypothesis(text, (text,), -1.0, -1.0)] for text in texts]
+    (joined,) = module._joined(pieces)
+    assert (joined.text, joined.log_prob) == (whole, -float(len(texts)))
+
+
 def test_scores_keep_to_their_lines(translator, caplog):
     sources = ["haus tür", "", "baum", "weg"]
     targets = ["tür", "haus", "", " ".join(WORDS * 20)]

@@ -130,7 +130,7 @@ KERNEL = """HloModule m
 
 %body (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
-  ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":CONFIG}
+  ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"config":CONFIG}
 }
 
 %condition (z: f32[8]) -> pred[] {

@@ -11,7 +11,8 @@ from tfm.benchmarking.report import FORMAT, aligned
 from tfm.config import InputError
 
 # A point is one that the other report has, too, where all of these are the same.
-_IDENTITY = ("batch", "length", "devices", "beam_size", "sentences")
+_IDENTITY = ("devices", "rows_per_batch", "source_row_length", "target_row_length")
+_IDENTITY += ("beam_size", "sentences", "source_length", "target_length")
 # What a point was measured with, and which its report's config doesn't have.
 _SETTINGS = ("devices", "mesh", "dtype", "vocab_size", "beam_size", "sentences", "rows_per_batch", "source_row_length")
 _SETTINGS += ("target_row_length", "source_length", "target_length", "lengths", "pipeline")

@@ -23,13 +23,19 @@ from tfm.benchmarking import programs
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.profile import profiled
 from tfm.benchmarking.rates import per_second, utilisation
-from tfm.config import Config
+from tfm.config import Config, ConfigError
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
 from tfm.decoding.decoder import Bucket, Decoder
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model import transformer
 from tfm.model.flops import decode_step_flops, prefill_flops
-from tfm.model.transformer import Transformer, compute_dtype, count_parameters, init_parameters
+from tfm.model.transformer import (
+    Transformer,
+    abstract_parameters,
+    compute_dtype,
+    count_parameters,
+    init_parameters,
+)
 
 _BANNED = (PAD, BOS, UNK)
 _PROFILED_SEARCHES = 2
@@ -48,6 +54,12 @@ class DecodeTiming:
     """Directory for a trace of a few more searches."""
 
 
+def check_beams(config: Config, beams: Sequence[int]) -> None:
+    """Raises ConfigError at a beam of more hypotheses than there are tokens, before anything is measured."""
+    if max(beams) > (most := config.data.vocab_size - len(_BANNED)):
+        raise ConfigError(f"--beams {max(beams)} is more than the {most} tokens that can be generated: lower it")
+
+
 def time_decoding(
     config: Config, devices: Sequence[Any], timing: DecodeTiming, peak: MatmulPeak, *, beams: int, sentences: int
 ) -> dict[str, Any]:
@@ -62,7 +74,7 @@ def time_decoding(
       sentences: how many at once; rows of padding fill them up to a multiple of the devices.
 
     Raises:
-      ConfigError: what the decoder raises.
+      ConfigError: what the decoder raises, and heads that mesh.tensor does not divide.
       OutOfDeviceMemory: sentences that don't fit at once, and how many do.
     """
     mesh = sharding.decoding_mesh(config.mesh.tensor, devices)
@@ -148,6 +160,8 @@ def _decoder(
     model = Transformer(
         config.model, config.data.vocab_size, compute_dtype(config.model, mesh.devices.flat[0].platform)
     )
+    boxed = abstract_parameters(model)
+    sharding.parameter_shardings(mesh, sharding.unboxed(boxed), sharding.logical_axes(boxed))  # can they be split so?
     decoder = Decoder([model], mesh, decoding, _BANNED, scores=False)
     initial = jax.jit(lambda: init_parameters(model, config.training.seed), out_shardings=sharding.replicated(mesh))
     decoder.set_parameters(initial())

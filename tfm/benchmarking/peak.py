@@ -146,7 +146,8 @@ def _torch_products(devices: Sequence[Any], dtype: jnp.dtype, size: int) -> Call
     if platform == "gpu" and (len(devices) > 1 or not torch.cuda.is_available()):
         return None
     kind = getattr(torch, dtype.name)
-    where = "cuda" if platform == "gpu" else "cpu"
+    # Where each process has a GPU of its own and sees all, PyTorch would take the first.
+    where = f"cuda:{devices[0].local_hardware_id or 0}" if platform == "gpu" else "cpu"
     a, b = (torch.randn((size, size), device=where).to(kind) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -154,6 +155,6 @@ def _torch_products(devices: Sequence[Any], dtype: jnp.dtype, size: int) -> Call
         for _ in range(count):
             torch.matmul(a, b, out=out)
         if platform == "gpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(where)
 
     return products

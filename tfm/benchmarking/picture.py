@@ -32,7 +32,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     throughput, utilisation = figure.subplots(1, 2)
-    for (label, line), colour in zip(_lines(points).items(), _COLOURS * len(points), strict=False):
+    for (label, line), colour in zip(_lines(points, axis).items(), _COLOURS * len(points), strict=False):
         x = [point[axis] for point in line]
         rates = [point[key] for point in line]
         style = dict(color=colour, marker="o", markersize=4)
@@ -55,12 +55,12 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _lines(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Points by the line that they are on: one for each beam."""
+def _lines(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Points by the line that they are on, one for each beam, from left to right."""
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         lines.setdefault(f"beam {point['beam_size']}" if "beam_size" in point else "", []).append(point)
-    return lines
+    return {label: sorted(line, key=lambda point: point[axis]) for label, line in lines.items()}
 
 
 def _finish(axes: Any, title: str, unit: str, axis: str, values: Sequence[int]) -> None:

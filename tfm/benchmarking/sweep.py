@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm import hosts, sharding
-from tfm.benchmarking.decode import DecodeTiming, time_decoding
+from tfm.benchmarking.decode import DecodeTiming, check_beams, time_decoding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
 from tfm.benchmarking.train import TrainTiming, time_training
@@ -174,6 +174,7 @@ def benchmark_decoding(
     """
     _check_counts(timing.steps, timing.warmup, timing.length, *(beams or ()), *(batches or ()))
     beams = sorted({1, config.decoding.beam_size} if beams is None else set(beams))
+    check_beams(config, beams)
     peaks = _Peaks(config, make_peak)
     points = []
     for beam in beams:

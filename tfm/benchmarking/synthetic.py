@@ -8,6 +8,8 @@ import numpy as np
 
 from tfm.data.tokenizer import EOS
 
+_TOKENS = 1 << 20  # drawn for all pairs
+_STRIDE = 2_654_435_761  # odd, and far from any multiple of that: neighbours begin far apart (Knuth)
 _FIRST_WORD = 4  # ids below are padding, the end, the beginning and the unknown token
 
 # Pieces a sentence of WMT 2014 English-German has, about: log-normal, 27 on average.
@@ -32,7 +34,9 @@ class SyntheticTable:
         self, lengths: Literal["full", "natural"], row_lengths: tuple[int, int], vocab_size: int, pairs: int
     ) -> None:
         self.name = f"synthetic {lengths}"
-        self._vocab_size = vocab_size
+        # Of which each sentence is a piece: a pair costs what one of a store does, and no drawing.
+        first = min(_FIRST_WORD, vocab_size - 1)
+        self._tokens = np.random.default_rng(1).integers(first, vocab_size, _TOKENS + max(row_lengths), np.int32)
         if lengths == "full":
             source, target = (np.full(pairs, length) for length in row_lengths)
         else:
@@ -51,11 +55,9 @@ class SyntheticTable:
         return self._lengths[side][indices]
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        generator = np.random.default_rng(index)
-        first = min(_FIRST_WORD, self._vocab_size - 1)
         source, target = (
-            generator.integers(first, self._vocab_size, self._lengths[side][index], np.int32)
-            for side in ("source", "target")
+            self._tokens[start : start + self._lengths[side][index]].copy()
+            for start, side in ((index * _STRIDE % _TOKENS, "source"), (~index * _STRIDE % _TOKENS, "target"))
         )
         source[-1] = target[-1] = EOS
         return source, target

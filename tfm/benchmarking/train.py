@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -114,7 +115,8 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
                 seconds = steps.timed()
         except OutOfDeviceMemory as error:
             raise OutOfDeviceMemory(f"{error}; {_hint(config, vocab_size, mesh)}", error.needed, error.room) from error
-        contents = _contents([batches.host_batch(k) for k in steps.used])
+        used = collections.Counter(steps.used)
+        contents = _contents([batches.host_batch(k) for k in used], list(used.values()))
         trace = None
         if timing.profile is not None:
             trace = profiled(timing.profile, steps.compiled, steps.step, _PROFILED_STEPS, "update")
@@ -270,11 +272,15 @@ def unrolled_flops(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
         return programs.lowered_flops(trainer.train_step.lower(trainer.abstract_state, _abstract_batch(config)))
 
 
-def _contents(batches: Sequence[Batch]) -> dict[str, float]:
-    """What a batch holds, on average: tokens that are no padding, and sentence pairs."""
-    source = float(np.mean([np.count_nonzero(batch.source_segments) for batch in batches]))
-    target = float(np.mean([np.count_nonzero(batch.target_segments) for batch in batches]))
-    pairs = float(np.mean([batch.target_segments.max(axis=1).sum() for batch in batches]))
+def _contents(batches: Sequence[Batch], times: Sequence[int]) -> dict[str, float]:
+    """What a batch holds, on average over so many steps with each: tokens that are no padding, and sentence pairs."""
+
+    def mean(counts: list[int]) -> float:
+        return float(np.average(counts, weights=times))
+
+    source = mean([np.count_nonzero(batch.source_segments) for batch in batches])
+    target = mean([np.count_nonzero(batch.target_segments) for batch in batches])
+    pairs = mean([batch.target_segments.max(axis=1).sum() for batch in batches])
     return {
         "source_tokens": source,
         "target_tokens": target,

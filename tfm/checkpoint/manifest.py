@@ -24,6 +24,7 @@ NAME = "manifest.json"
 FORMAT = 1
 FileHashes = dict[str, dict[str, Any]]  # relative name -> {"sha256": hex, "size": bytes}
 _CHUNK = 1 << 20  # bytes hashed at a time
+_LEFT_BEHIND = re.compile(r"\.manifest\.json\.\d+\.tmp")  # by `write_atomically`, killed: nothing ever reads it
 _SHARES = ".hashes"  # the hosts' shares of the hashes, on their way to the host that writes the manifest
 
 
@@ -212,7 +213,7 @@ def _list_local(directory: Path, prefix: str, but: tuple[str, ...], files: dict[
     with os.scandir(directory) as entries:
         for entry in entries:
             name = prefix + entry.name
-            if name in but:
+            if name in but or _LEFT_BEHIND.fullmatch(name):
                 continue
             if entry.is_symlink():
                 raise Damaged(f"{name} is a link to {os.readlink(entry.path)}")

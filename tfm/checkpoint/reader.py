@@ -124,6 +124,7 @@ class CheckpointReader:
                 found[step] = manifests.read(self._directory(step))
             except Damaged as error:
                 found[step] = error
+                self._warn_once(f"{self._directory(step)}: damaged, not used: {error}")
             except Unfinished as error:
                 self._warn_once(f"{self._directory(step)}: unfinished ({error}), passed over")
         return found

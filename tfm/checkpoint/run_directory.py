@@ -260,7 +260,10 @@ def as_path(path: str | os.PathLike[str]) -> Any:
         # Listings are kept for ever there, and a host would never see what another one writes.
         for protocol in (address.partition("://")[0], "gcs"):  # gs:// is opened under either name
             fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-        return epath.Path(path)
+        try:
+            return epath.Path(path)
+        except KeyError as error:
+            raise InputError(f"{address}: no kind of address that can be read: give gs://, s3:// or a path") from error
     return at_home(Path(path)).absolute()
 
 

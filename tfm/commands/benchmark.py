@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tfm.checkpoint.run_directory import at_home
 from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
 from tfm.commands.options import parse
+from tfm.commands.train import deterministic_where_asked
 from tfm.config import Config, InputError
 
 _log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
     arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
+    deterministic_where_asked(config)
     from tfm import hosts, sharding
     from tfm.benchmarking.sweep import Sweep, devices_for
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from tfm.commands.options import parse
-from tfm.commands.train import trained
+from tfm.commands.train import deterministic_where_asked, trained
 from tfm.config import InputError
 
 EXAMPLES_PER_CATEGORY = 2
@@ -26,12 +26,19 @@ class Arguments:
 def main(argv: list[str]) -> int:
     started = time.perf_counter()
     arguments, config = parse("demo", argv, Arguments)
+    if config.data.corpus != ("demo",):
+        raise InputError(
+            f"data.corpus={' '.join(config.data.corpus)}: tfm demo trains on its own corpus and shows how that went: "
+            "leave it out, or use tfm train and tfm evaluate"
+        )
+    deterministic_where_asked(config)
     from tfm import sharding
     from tfm.data import demo_corpus
     from tfm.decoding.scores import corpus_scores
     from tfm.decoding.translator import Translator
 
-    pairs = list(demo_corpus.data_source(config.data.test_split))  # before the training: a wrong name is said at once
+    with demo_corpus.explained():  # before the training: a wrong name is said at once
+        pairs = list(demo_corpus.data_source(config.data.test_split))
     try:
         sources = [pair[config.data.source_language] for pair in pairs]
         references = [pair[config.data.target_language] for pair in pairs]
@@ -47,8 +54,8 @@ def main(argv: list[str]) -> int:
     now = time.perf_counter()
 
     print(
-        f"\nUnseen sentences, step {translator.steps[0]}: none of their numbers, dates, times and amounts "
-        "occurs in training."
+        f"\nUnseen sentences, step {translator.steps[0]}: none of their numbers, dates, times and amounts occurs in "
+        "training as a whole."
     )
     for category in demo_corpus.CATEGORIES:
         rows = [i for i, pair in enumerate(pairs) if pair["category"] == category]

@@ -48,6 +48,21 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
 
 
+def refuse_shared_standard_input(**inputs: Path | None) -> None:
+    """Raises InputError where several inputs are standard input, or where each of several hosts would read its own.
+
+    Args:
+      inputs: by the name of its option; `-` is standard input. One that isn't given is None, and left out.
+    """
+    from tfm import hosts
+
+    names = [f"--{name}=-" for name, path in inputs.items() if path == STANDARD_OUTPUT]
+    if len(names) > 1:
+        raise InputError(f"{' and '.join(names)}: only one of them can be standard input: name a file")
+    if names and hosts.count() > 1:
+        raise InputError(f"{names[0]}: several hosts have one input, which all of them read: name a file")
+
+
 def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
     """The lines of a file, each as soon as it is there, without the newline that ends them or a byte order mark.
 

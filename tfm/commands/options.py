@@ -39,8 +39,10 @@ class _Given:
         return " ".join([f"--{self.name}", *self.values])
 
 
-_ON_ONE_HOST = ("explain", "plan", "prepare")
-_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")  # of which none has anything but rows, or a part of the heads
+_ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
+_OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+# Of which a device has nothing but rows, or a part of the heads.
+_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
 
 
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
@@ -64,6 +66,8 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
     for option in given:
         if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
             raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
+        if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
+            raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
         if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
             raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
         if option.name.startswith("mesh."):

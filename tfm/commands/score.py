@@ -10,7 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from tfm.commands.lines import Output, json_line, log_rate, opened, raw_lines, text_lines
+from tfm.commands.lines import (
+    Output,
+    json_line,
+    log_rate,
+    opened,
+    raw_lines,
+    refuse_shared_standard_input,
+    text_lines,
+)
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -45,6 +53,7 @@ def main(argv: list[str]) -> int:
     with ExitStack() as stack:
         stack.enter_context(hosts.together(config))
         stack.enter_context(device_memory.explained(*device_memory.TRANSLATING))
+        refuse_shared_standard_input(source=arguments.source, target=arguments.target)
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
         if all(file.seekable() for file in files):
             counts = [sum(1 for _ in raw_lines(file)) for file in files]

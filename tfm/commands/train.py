@@ -27,12 +27,17 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("train", argv, Arguments)
-    if config.training.deterministic:  # has to stand there before the first use of a GPU
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    deterministic_where_asked(config)
     from tfm import hosts
 
     with hosts.together(config):
         return trained(config, arguments.workdir)
+
+
+def deterministic_where_asked(config: Config) -> None:
+    """Has XLA use deterministic kernels where the run does; to be called before the first use of a GPU."""
+    if config.training.deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
 
 def trained(config: Config, workdir: str) -> int:

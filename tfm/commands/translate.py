@@ -9,7 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tfm.commands.lines import STANDARD_OUTPUT, Output, json_line, log_rate, opened, raw_lines, text_lines
+from tfm.commands.lines import (
+    STANDARD_OUTPUT,
+    Output,
+    json_line,
+    log_rate,
+    opened,
+    raw_lines,
+    refuse_shared_standard_input,
+    text_lines,
+)
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -56,8 +65,7 @@ def main(argv: list[str]) -> int:
     with ExitStack() as stack:
         stack.enter_context(hosts.together(config))
         stack.enter_context(device_memory.explained(*device_memory.TRANSLATING))
-        if hosts.count() > 1 and arguments.input is None:
-            raise InputError("several hosts translate one file, which all of them read: name it with --input")
+        refuse_shared_standard_input(input=arguments.input or STANDARD_OUTPUT, prefixes=arguments.prefixes)
         file = opened(arguments.input, stack)
         source = raw_lines(file)
         prefixes = None if arguments.prefixes is None else raw_lines(opened(arguments.prefixes, stack))

@@ -123,8 +123,12 @@ class Corpus(abc.ABC):
         """Streams (source, target) as bytes without the line's end. Raises InputError at what cannot be read."""
 
     @abc.abstractmethod
+    def paths(self, split: str) -> list[epath.Path]:
+        """The files that a split is read from; none where it is made by the package's own code."""
+
     def identity(self, split: str) -> list[dict[str, Any]]:
         """What tells a changed origin from the same one: for each file its path, bytes, mtime_ns and sha256."""
+        return [file_identity(path) for path in self.paths(split)]
 
 
 class TextCorpus(Corpus):
@@ -156,9 +160,6 @@ class TextCorpus(Corpus):
                     "correct the pattern, data.train_split, data.validation_split or the languages"
                 )
         return _columns(paths[0]) if len(paths) == 1 else parallel_lines(*paths)
-
-    def identity(self, split: str) -> list[dict[str, Any]]:
-        return [file_identity(path) for path in self.paths(split)]
 
 
 def read_lines(path: epath.Path) -> Iterator[bytes]:

@@ -1,8 +1,9 @@
 """The embedded corpus, which needs no download: a TFDS set of the project's own, prepared when first asked for.
 
-English sentences with a number, an ordinal, a date, a time or an amount of money in words, and their German. No value
-of the test or validation split occurs in training. `DemoTranslation` is the builder; TensorFlow is needed neither to
-write the set nor to read it, and TFDS itself is imported when the set is.
+English sentences with a number, an ordinal, a date, a time or an amount of money in words, and their German. No whole
+value of the test or validation split occurs in training; a number below 100 does as a part of others, such as a day or
+cents. `DemoTranslation` is the builder; TensorFlow is needed neither to write the set nor to read it, and TFDS itself
+is imported when the set is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any, SupportsIndex, overload
 
 from tfm.config import InputError
 from tfm.data.demo_grammar import CATEGORIES as CATEGORIES
-from tfm.data.demo_grammar import count_sentences as count_sentences
 from tfm.data.demo_values import SPLITS
 
 FULL, SMALL = "full", "small"  # configs of the builder
@@ -106,6 +106,21 @@ def data_source(split: str, data_dir: Path | None = None, config: str = FULL) ->
     if split not in SPLITS:
         raise InputError(f"the demo corpus has no split {split!r}: its splits are {', '.join(SPLITS)}")
     return DemoPairs(build(data_dir, config).as_data_source(split=split))
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """While it lasts, a set that turns out damaged raises InputError, which says what to delete."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file, the reader and the decoder of its records raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"the demo corpus in {default_directory()} cannot be read ({reason}): a file of it is damaged or missing; "
+            "delete its directory there and run the same command again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ caller is done here: English thousands without their comma, "ein" and its ending
 "einhunderterste" (it says "hundertste"), and clock times.
 
 A value belongs to one split by a hash of the value itself, whatever sentence it stands in: an integer wherever it is
-counted, ordered by, paid or dated with; an amount by both its parts; a date by its day and month; a time by its hour
-and minute. The words that all values are made of (integers below 21, round tens) are in the training split, and so are
-the clock times that German names in a way of its own.
+counted, ordered by, or paid without cents; an amount by its units, and below 100 of them by both its parts; a date by
+its day and month, and by its year; a time by its hour and minute. So a number below 100 that is held out may well be
+the day, the cents or the minutes of training. The words that all values are made of (integers below 21, round tens) are
+in the training split, and so are the clock times that German names in a way of its own.
 """
 
 from __future__ import annotations

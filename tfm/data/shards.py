@@ -80,20 +80,6 @@ class PairTable:
     def __len__(self) -> int:
         return self._start_list[-1]
 
-    @classmethod
-    def from_arrays(
-        cls,
-        source_tokens: Ints,
-        source_lengths: Ints,
-        target_tokens: Ints,
-        target_lengths: Ints,
-        name: str = "memory",
-        weight: float = 1.0,
-    ) -> PairTable:
-        """A table of pairs in memory: flat tokens, each sentence with its EOS, and lengths that count it."""
-        tokens = {"source": source_tokens, "target": target_tokens}
-        return cls(name, weight, [Shard.from_tokens(tokens, {"source": source_lengths, "target": target_lengths})])
-
     def pair(self, index: int) -> tuple[Ints, Ints]:
         """Source and target ids of pair `index`, each ending in EOS. Raises IndexError outside the table."""
         if not 0 <= index < len(self):

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from etils import epath
 
 from tfm.config import Config, DataConfig, InputError
 from tfm.data.checks import EMPTY, NUL, CorpusReport, SplitReport, TextChecks, check_lengths
-from tfm.data.corpus import Corpus, RawPair, corpora_with, to_text
+from tfm.data.corpus import Corpus, RawPair, corpora_with, file_stamp, to_text
 from tfm.data.shards import TOKENIZER, StoreWriter
 from tfm.data.tokenizer import EOS, SentenceSample, Tokenizer, train_tokenizer
 
@@ -31,6 +32,7 @@ def build_store(
     parts = [(corpus, data.train_split) for corpus in corpora]
     validating = corpora_with(corpora, data.validation_split, "data.validation_split")
     parts += [(corpus, data.validation_split) for corpus in validating]
+    stamps = _stamps(parts)
     sample = SentenceSample(data.tokenizer_sample)
     scanned = [_scan(corpus, split, config, sample if split == data.train_split else None) for corpus, split in parts]
     tags = [corpus.spec.tag for corpus in corpora if corpus.spec.tag]
@@ -45,8 +47,15 @@ def build_store(
     for (corpus, _), (split_report, repeated) in zip(parts, scanned, strict=True):
         _tokenize(corpus, split_report, repeated, config, tokenizer, writer)
     report = CorpusReport([split_report for split_report, _ in scanned], asked, tokenizer.vocab_size)
+    for path, stamp in _stamps(parts).items():
+        if stamp != stamps[path]:
+            raise InputError(f"{path}: has changed while it was read: prepare it once it is complete")
     sources = [entry for corpus, split in parts for entry in corpus.identity(split)]
     writer.finish(fields=fields, sources=sources, report=report.to_dict())
+
+
+def _stamps(parts: Sequence[tuple[Corpus, str]]) -> dict[epath.Path, dict[str, Any]]:
+    return {path: file_stamp(path) for corpus, split in parts for path in corpus.paths(split) if path.exists()}
 
 
 def _chunks(pairs: Iterator[RawPair]) -> Iterator[list[RawPair]]:

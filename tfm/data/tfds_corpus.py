@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from tfm.config import InputError
-from tfm.data.corpus import Corpus, CorpusSpec, RawPair, file_identity
+from tfm.data.corpus import Corpus, CorpusSpec, RawPair
 
 _READ = 4096  # records read at once
 
@@ -138,8 +138,8 @@ class TfdsCorpus(Corpus):
                 f"damaged or missing; delete {self.builder.data_dir} and prepare it anew: {self._command()}"
             ) from error
 
-    def identity(self, split: str) -> list[dict[str, Any]]:
-        return [file_identity(path) for path in self.builder.info.splits[_base(split)].filepaths]
+    def paths(self, split: str) -> list[epath.Path]:
+        return [epath.Path(path) for path in self.builder.info.splits[_base(split)].filepaths]
 
 
 class DemoCorpus(Corpus):
@@ -164,10 +164,10 @@ class DemoCorpus(Corpus):
             raise InputError(f"data.corpus='demo' has no split {split!r}; it has train, validation and test")
         from tfm.data import demo_corpus  # it needs num2words and Babel, which nothing else does
 
-        records = demo_corpus.data_source(split)
-        return read_records(records, self.source_language, self.target_language)
+        with demo_corpus.explained():
+            yield from read_records(demo_corpus.data_source(split), self.source_language, self.target_language)
 
-    def identity(self, split: str) -> list[dict[str, Any]]:
+    def paths(self, split: str) -> list[epath.Path]:
         return []  # generated from the package's own code, from fixed seeds
 
 

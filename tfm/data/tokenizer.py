@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 from etils import epath
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from tfm.config import InputError
 from tfm.data.corpus import single_line
@@ -54,6 +55,10 @@ class Tokenizer:
             raise InputError(f"{origin}: its special ids are {ids}; train it with {given}, or leave data.tokenizer out")
         self.vocab_size: int = processor.vocab_size()
         breaks = [processor.piece_to_id(piece) for piece in ("<0x0A>", "<0x0D>", "\n", "\r")]
+        kinds = ModelProto.SentencePiece
+        pieces = ModelProto.FromString(model).pieces
+        # A learned piece may be in angle brackets, too, where a corpus has <1> or </b> in it.
+        self._tags = {i for i, p in enumerate(pieces) if i > UNK and p.type in (kinds.USER_DEFINED, kinds.CONTROL)}
         self.banned_ids: tuple[int, ...] = tuple(sorted({PAD, BOS, UNK, *(i for i in breaks if i != UNK)}))
 
     @classmethod
@@ -110,7 +115,7 @@ class Tokenizer:
         """
         found = _LEADING_TAG.match(text)
         token = self._processor.piece_to_id(found[1]) if found else UNK
-        if found is None or token <= UNK or self._processor.is_byte(token):
+        if found is None or token not in self._tags:
             return text, None
         return text[found.end() :], token
 

@@ -43,6 +43,7 @@ def load_models(
     """What `Translator.load` translates with; its arguments."""
     run = RunDirectory.open(workdir)
     config = (config or run.config).validate()
+    _refuse_other_model(run, config)
     tokenizer = _tokenizer(run)
     mesh = mesh or sharding.decoding_mesh(config.mesh.tensor)
     members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
@@ -69,6 +70,14 @@ def load_models(
         parameters.append(restored.state)
         steps.extend(restored.steps)
     return Loaded(config, tokenizer, mesh, tuple(models), tuple(parameters), tuple(steps))
+
+
+def _refuse_other_model(run: RunDirectory, config: Config) -> None:
+    """Raises InputError where a field makes another model of the same parameters: its translations would be wrong."""
+    trained, now = vars(run.config.model), vars(config.model)
+    for name in trained:
+        if trained[name] != now[name] and name not in ("dtype", "attention"):
+            raise InputError(f"model.{name}={now[name]}: the run {run.path} has {trained[name]}: leave it out")
 
 
 def _tokenizer(run: RunDirectory) -> Tokenizer:

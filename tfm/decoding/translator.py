@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -209,7 +211,12 @@ class Translator:
         rows_and_ranks = np.argwhere(is_there)
         ids = [tokens[row, rank, : lengths[row, rank]].tolist() for row, rank in rows_and_ranks]
         found: list[list[Hypothesis]] = [[] for _ in range(rows)]
+        # A beam has several spellings of a text, where a model was trained on such; of draws, each counts.
+        told: list[set[str]] = [set() for _ in range(rows)]
         for (row, rank), text, its in zip(rows_and_ranks, self.tokenizer.decode(ids), ids, strict=True):
+            if text in told[row] and not self.config.sampling:
+                continue
+            told[row].add(text)
             log_prob = float(log_probs[row, rank])
             pieces = tuple(self.tokenizer.pieces(its))
             score = penalised(log_prob, len(its), self.config.length_penalty)
@@ -276,6 +283,17 @@ class Translator:
         return score_windows(self.decoder, self.tokenizer, self.statistics, sources, targets)
 
 
+def _beside(text: str, more: str) -> str:
+    """Two texts with a blank between them, but for scripts that are written without."""
+    blank = " " if text and not (_without_blanks(text[-1]) or _without_blanks(more[0])) else ""
+    return text + blank + more
+
+
+def _without_blanks(character: str) -> bool:
+    """Whether it is Chinese or Japanese; Korean has blanks."""
+    return unicodedata.east_asian_width(character) in ("W", "F") and "HANGUL" not in unicodedata.name(character, "")
+
+
 def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
     """The hypotheses of a line out of those of its parts: the best of each part together, then the second ones, …"""
     if len(parts) == 1:
@@ -285,7 +303,7 @@ def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:
         its = [part[min(rank, len(part) - 1)] for part in parts]
         joined.append(
             Hypothesis(
-                " ".join(one.text for one in its if one.text),
+                functools.reduce(_beside, (one.text for one in its if one.text), ""),
                 tuple(token for one in its for token in one.tokens),
                 math.fsum(one.log_prob for one in its),
                 math.fsum(one.score for one in its),

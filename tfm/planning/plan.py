@@ -302,8 +302,8 @@ def refuse_what_does_not_fit(plans: Sequence[Plan]) -> None:
     lacking, memory = lacking_bytes(plan), plan["memory_per_chip"]
     remedy = plan.get("remedy", "lower training.target_tokens_per_batch, or set training.remat=full")
     raise InputError(
-        f"{place(plan)}: does not fit: a chip with {memory['available_bytes'] / 2**30:.2f} GiB lacks {lacking / 2**30:.2f} "
-        f"GiB; {remedy}"
+        f"{place(plan)}: does not fit: a chip with {memory['available_bytes'] / 2**30:.2f} GiB lacks "
+        f"{lacking / 2**30:.2f} GiB; {remedy}"
     )
 
 

@@ -165,7 +165,6 @@ class Run:
             return False
         if self.writer is not None:
             self.writer.write({"step": step, "kind": "validation", **scores})
-            self.writer.publish()
         self.watchdog.begins("saving")
         self._note(step, scores)
         return True
@@ -269,6 +268,7 @@ class Progress:
 
     def __init__(self, writer: MetricsWriter | None, config: Config, last_checkpoint: Callable[[], str]):
         self.writer, self.config, self.last_checkpoint = writer, config, last_checkpoint
+        self._is_first = True
         self._start_interval()
 
     def record(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -297,6 +297,9 @@ class Progress:
                 }
             )
             self._start_interval()
+        elif self._is_first:
+            self._start_interval()  # compiling is no training
+        self._is_first = False
         if skipped_in_a_row >= self.config.training.max_skipped_steps:
             raise TrainingDiverged(
                 f"step {step}: {skipped_in_a_row} updates in a row were not finite, and none of them was applied; the "
@@ -321,7 +324,12 @@ def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None
     path = config.training.initialize_from
     if path is None:
         return None
-    return None if CheckpointReader(run).steps() else RunDirectory.open(path)
+    if CheckpointReader(run).steps():
+        return None
+    initial = RunDirectory.open(path)
+    if not CheckpointReader(initial).steps():  # said before a corpus is prepared for hours
+        raise InputError(f"training.initialize_from={path}: holds no finished checkpoint: train that run first")
+    return initial
 
 
 def _prepared(config: Config, run: RunDirectory) -> TokenStore:

@@ -72,6 +72,7 @@ def stop_signals() -> Iterator[StopRequest]:
     """While it lasts, SIGTERM and Ctrl-C only ask."""
     stop = StopRequest()
     if hosts.count() > 1:  # Ctrl-C ends the host, and then the others
+        hosts.heed_sigterm()
         yield stop
         return
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
