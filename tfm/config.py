@@ -215,8 +215,8 @@ class MeshConfig:
     tensor: int = 1
     """Devices over which heads, feed-forward features and the vocabulary are split."""
     slices: int = _at_least(1, 1)
-    """Slices joined by a data-centre network: `data` crosses them, of whose devices each has an equal share; `fsdp` and
-    `tensor` stay within one."""
+    """Slices of TPUs joined by a data-centre network: `data` crosses them, of whose devices each has an equal share;
+    `fsdp` and `tensor` stay within one."""
 
 
 @dataclasses.dataclass(frozen=True)

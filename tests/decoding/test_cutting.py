@@ -44,4 +44,4 @@ def test_a_tag_stands_before_every_piece(tmp_path):
     assert len(pieces) > 3 and all(piece[0] == tokenizer.tag_id("<2de>") and len(piece) <= 20 for piece in pieces)
     assert " ".join(tokenizer.decode([piece[1:] for piece in pieces])) == ("haus tür. " * 30).strip()
     alone = list(cut("<2de> haus", tokenizer, 1))  # no room for a tag and a token
-    assert alone == [[token] for token in tokenizer.encode(["haus"])[0]]
+    assert len(alone) >= 2 and all(len(piece) == 1 and piece[0] != tokenizer.tag_id("<2de>") for piece in alone)
