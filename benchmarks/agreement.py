@@ -22,10 +22,11 @@ import jax
 import numpy as np
 
 from tfm import sharding
-from tfm.benchmarking.train import DISTINCT_BATCHES, trainer_of, workload
+from tfm.benchmarking.train import DISTINCT_BATCHES, workload
 from tfm.commands.options import parse
 from tfm.config import Config
 from tfm.training.loop import train
+from tfm.training.step import trainer_of
 
 _IN_AN_INTERVAL = 4  # steps between two lines of the run's log
 _LEFT_OUT = 2  # intervals at the start of each part of the run: it resumes, and reads its first batches ahead

@@ -65,15 +65,16 @@ def predicted(measured: Path, small: bool, file: Path) -> None:
     from tfm.chips import Chip
     from tfm.commands.options import parse
     from tfm.commands.train import Arguments
-    from tfm.planning.compiled import compile_train_step, trainer_for
+    from tfm.planning.compiled import compile_train_step
     from tfm.planning.prediction import predict
+    from tfm.training.step import trainer_of
 
     report = json.loads(measured.read_text())
     options = SMALL if small else BIG
     if not set(options) <= set(report["command"].split()):
         raise SystemExit(f"{measured}: of another step; run the stage train as well")
     _, config = parse("train", ["--workdir=unused", *options], Arguments)
-    trainer = trainer_for(config, sharding.make_mesh(config.mesh))
+    trainer = trainer_of(config, config.data.vocab_size, sharding.make_mesh(config.mesh))
     compiled = compile_train_step(trainer)
     bandwidth = copy_bandwidth()
     chip = Chip(jax.devices()[0].device_kind, report["matmul_peak_flops"], 0, bandwidth, 0)
@@ -199,14 +200,14 @@ def compared(first: str, second: str, file: Path) -> None:
     from tfm.checkpoint import CheckpointReader, RunDirectory
     from tfm.data.tokenizer import Tokenizer
     from tfm.sharding import make_mesh
-    from tfm.training.step import Trainer, training_model
+    from tfm.training.step import trainer_of
 
     states = []
     for path in (first, second):
         run = RunDirectory.open(path)
         mesh = make_mesh(run.config.mesh)
         size = Tokenizer.load(run.tokenizer_path).vocab_size
-        trainer = Trainer(run.config, training_model(run.config, size, jax.default_backend()), mesh)
+        trainer = trainer_of(run.config, size, mesh)
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             trainer.abstract_state,

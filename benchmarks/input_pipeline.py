@@ -20,7 +20,7 @@ from tfm import sharding
 from tfm.commands.options import parse
 from tfm.data.batches import TrainBatches
 from tfm.data.store import prepare, store_directory
-from tfm.training.step import Trainer, training_model
+from tfm.training.step import trainer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,7 @@ def main() -> None:
     arguments, config = parse("benchmarks/input_pipeline.py", sys.argv[1:], Arguments)
     store = prepare(config, store_directory(config, arguments.workdir))
     mesh = sharding.make_mesh(config.mesh)
-    model = training_model(config, store.tokenizer.vocab_size, mesh.devices.flat[0].platform)
-    trainer = Trainer(config, model, mesh)
+    trainer = trainer_of(config, store.tokenizer.vocab_size, mesh)
     batches = TrainBatches(store, config.data.train_split, config)
     rows = sharding.batch_sharding(mesh)
     seconds: dict[str, list[float]] = {"repeated": [], "real": []}

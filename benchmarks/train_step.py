@@ -90,7 +90,7 @@ def tfm_trainer(
     from tfm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
     from tfm.data.batches import Batch
     from tfm.data.tokenizer import BOS
-    from tfm.training.step import Trainer, training_model
+    from tfm.training.step import trainer_of
 
     config = Config(
         ModelConfig(
@@ -113,7 +113,7 @@ def tfm_trainer(
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), source.shape)
     inputs = np.concatenate([np.full((rows, 1), BOS, np.int32), target[:, :-1]], axis=1)
     batch = Batch(source, ones, positions, inputs, target, ones, positions, np.arange(rows, dtype=np.int32))
-    trainer = Trainer(config, training_model(config, sizes.vocab, sizes.platform), mesh)
+    trainer = trainer_of(config, sizes.vocab, mesh)
     return trainer, jax.device_put(batch, sharding.batch_sharding(mesh))
 
 

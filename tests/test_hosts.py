@@ -1,6 +1,5 @@
 """One host alone, for which all of it is a no-op; several of them are in test_processes.py."""
 
-import faulthandler
 import json
 import signal
 import socket
@@ -107,28 +106,6 @@ def test_the_hash_is_that_of_the_files_of_the_package():
         [sys.executable, "-c", "from tfm import hosts; print(hosts.code_hash())"], capture_output=True, text=True
     )
     assert again.stdout.strip() == hosts.code_hash()
-
-
-def test_a_host_alone_is_never_ended(monkeypatch):
-    armed = []
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: armed.append(args))
-    with hosts.Watchdog(HostsConfig(step_timeout=1)) as watchdog:
-        watchdog.begins("stepping")
-    assert not armed
-
-
-def test_among_others_each_kind_of_work_has_its_limit_and_the_first_host_is_patient(monkeypatch):
-    armed = []
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append((seconds, exit)))
-    monkeypatch.setattr(hosts, "count", lambda: 2)
-    limits = HostsConfig(compile_timeout=70, step_timeout=10, evaluation_timeout=0, save_timeout=30)
-    for index, expected in ((1, [70, 10, 30]), (0, [75, 15, 35])):
-        monkeypatch.setattr(hosts, "index", lambda index=index: index)
-        armed.clear()
-        with hosts.Watchdog(limits) as watchdog:
-            for work in ("compiling", "stepping", "evaluating", "saving"):
-                watchdog.begins(work)
-        assert armed == [(seconds, True) for seconds in expected]
 
 
 class Client:

@@ -299,6 +299,12 @@ class Config:
         rows = self.training.target_tokens_per_batch // self.data.target_row_length
         return rows - rows % self.training.gradient_accumulation
 
+    def with_rows(self, rows: int) -> Config:
+        """The same with another number of rows a batch. Raises ConfigError where that describes no run."""
+        tokens = rows * self.data.target_row_length
+        training = dataclasses.replace(self.training, target_tokens_per_batch=tokens)
+        return dataclasses.replace(self, training=training).validate()
+
     @property
     def validation_decoding(self) -> DecodingConfig:
         """How the validation split is translated while training."""

@@ -11,7 +11,6 @@ Everything is a no-op where there is one host.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -326,37 +325,3 @@ def told_to_stop(step: int) -> bool:
     The answer is the same on all of them: JAX finds a step that none has finished yet.
     """
     return count() > 1 and multihost_utils.reached_preemption_sync_point(step)
-
-
-Work = Literal["compiling", "stepping", "evaluating", "saving"]
-
-
-class Watchdog:
-    """Ends this process, with the stacks of all its threads on stderr, when what it does takes far too long.
-
-    For a host that is alive but stuck, which keeps all others waiting: the scheduler can start them anew only when they
-    have ended. The timer is the C library's, and needs nothing that a stuck Python could hold.
-    """
-
-    def __init__(self, hosts: HostsConfig):
-        limits: dict[Work, int] = {
-            "compiling": hosts.compile_timeout,
-            "stepping": hosts.step_timeout,
-            "evaluating": hosts.evaluation_timeout,
-            "saving": hosts.save_timeout,
-        }
-        # When the first host ends, JAX ends the others at once, before they could say where they were.
-        extra = max(5, hosts.step_timeout // 10) if is_first() else 0
-        self._limits = {work: limit and limit + extra for work, limit in limits.items()} if count() > 1 else {}
-
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
-
-    def begins(self, work: Work) -> None:
-        """From now on, that much time for this; whatever was begun before is done."""
-        faulthandler.cancel_dump_traceback_later()
-        if limit := self._limits.get(work):
-            faulthandler.dump_traceback_later(limit, exit=True)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from tfm import device_memory, sharding
-from tfm.benchmarking import programs, train
-from tfm.benchmarking.train import TrainTiming, time_training, trainer_of, unrolled_flops, workload
+from tfm.benchmarking import programs
+from tfm.benchmarking.train import TrainTiming, time_training, unrolled_flops, workload
 from tfm.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
+from tfm.training.step import trainer_of
 
 STEPS, WARMUP = 5, 1
 
@@ -174,10 +175,10 @@ def test_a_batch_that_does_not_fit_is_told_with_the_largest_power_of_two_that_do
     mesh = sharding.make_mesh(tiny.mesh, jax.devices()[:1])
 
     def needed(rows: int) -> int:
-        config = train.with_rows(tiny, rows)
-        trainer = train.trainer_of(config, tiny.data.vocab_size, mesh)
+        config = tiny.with_rows(rows)
+        trainer = trainer_of(config, tiny.data.vocab_size, mesh)
         with jax.set_mesh(mesh):
-            compiled = trainer.train_step.lower(trainer.abstract_state, train._abstract_batch(config)).compile()
+            compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
         return programs.memory(compiled, [])["program_memory_bytes"]
 
     monkeypatch.setattr(device_memory, "room_of", lambda device: needed(4))

@@ -14,9 +14,9 @@ from tfm.config import ConfigError, DecodingConfig, MeshConfig, ModelConfig
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
 from tfm.decoding import decoder as module
 from tfm.decoding.decoder import Bucket, Decoder, Rows, bucket_of
+from tfm.hlo.program import Program
 from tfm.model.attention import Tokens
 from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack, unstack_axes
-from tfm.planning.hlo import Program
 from tfm.planning.topology import devices_of, topology_of
 from tfm.sharding import make_mesh, unboxed
 

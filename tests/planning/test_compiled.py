@@ -9,23 +9,27 @@ import pytest
 from tfm import sharding
 from tfm.commands.options import load_config
 from tfm.config import MeshConfig
+from tfm.hlo.collectives import traffic
+from tfm.hlo.program import Program
 from tfm.planning import compiled
-from tfm.planning.collectives import expected_traffic, traffic
 from tfm.planning.compiled import (
-    abstract_batch,
     activation_bytes,
     checkpoint_bytes,
     compile_decode_step,
     state_bytes,
-    trainer_for,
 )
-from tfm.planning.hlo import Program
+from tfm.planning.formula import expected_traffic
 from tfm.planning.topology import devices_of, topology_of
+from tfm.training.step import trainer_of
+
+
+def _trainer(config, mesh):
+    return trainer_of(config, config.data.vocab_size, mesh)
 
 
 @pytest.fixture(scope="module")
 def trainer(tiny_config):
-    return trainer_for(tiny_config({"mesh.fsdp": 2}), sharding.make_mesh(MeshConfig(data=4, fsdp=2)))
+    return _trainer(tiny_config({"mesh.fsdp": 2}), sharding.make_mesh(MeshConfig(data=4, fsdp=2)))
 
 
 def test_state_by_its_shards(trainer):
@@ -40,16 +44,14 @@ def test_state_by_its_shards(trainer):
 
 @pytest.mark.parametrize("name", ["base", "big"])
 def test_fsdp_and_tensor_leave_an_eighth_of_the_state_to_each_device(name):
-    trainer = trainer_for(load_config(name), sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+    trainer = _trainer(load_config(name), sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
     assert sum(state_bytes(trainer).values()) <= 1.05 * checkpoint_bytes(trainer) / 8
 
 
 def test_activations_grow_with_the_rows_of_a_micro_batch(tiny_config, trainer):
     mesh = sharding.make_mesh(MeshConfig())
-    wide = trainer_for(tiny_config({"training.target_tokens_per_batch": 512}), mesh)
-    halved = trainer_for(
-        tiny_config({"training.target_tokens_per_batch": 512, "training.gradient_accumulation": 2}), mesh
-    )
+    wide = _trainer(tiny_config({"training.target_tokens_per_batch": 512}), mesh)
+    halved = _trainer(tiny_config({"training.target_tokens_per_batch": 512, "training.gradient_accumulation": 2}), mesh)
     assert activation_bytes(wide) == 2 * activation_bytes(halved) == 2 * activation_bytes(trainer) > 0
 
 
@@ -81,10 +83,10 @@ def test_the_step_for_a_tpu_has_no_large_logits_no_generator_and_gives_its_state
     sizes = {"data.source_row_length": length, "data.target_row_length": length}
     sizes |= {"training.target_tokens_per_batch": 128 * length, "model.d_model": 128}
     mesh = sharding.make_mesh(MeshConfig(), devices_of(topology_of("v5e:4x4")))
-    trainer = trainer_for(tiny_config(sizes), mesh)
+    trainer = _trainer(tiny_config(sizes), mesh)
     state = jax.tree.map(compiled._placed, trainer.abstract_state, trainer.state_shardings)
     with jax.set_mesh(mesh):
-        text = trainer.train_step.lower(state, abstract_batch(trainer)).compile().as_text()
+        text = trainer.train_step.lower(state, trainer.abstract_batch()).compile().as_text()
     assert "rng-bit-generator" not in text
     assert text.partition("entry_computation_layout")[0].count("may-alias") == len(jax.tree.leaves(state))
     assert ("tpu_custom_call" in text) == (length == 128)
@@ -102,7 +104,7 @@ def test_weights_that_fsdp_splits_are_gathered_whole_for_a_tpu_not_passed_on_pie
     sizes |= {"model.d_model": 512, "model.d_ff": 2048, "data.vocab_size": 32_000, "mesh.data": 1, "mesh.fsdp": 16}
     sizes |= {"model.encoder_layers": 2, "model.decoder_layers": 2}
     config = tiny_config(sizes)
-    trainer = trainer_for(config, sharding.make_mesh(config.mesh, devices_of(topology_of("v5e:4x4"))))
+    trainer = _trainer(config, sharding.make_mesh(config.mesh, devices_of(topology_of("v5e:4x4"))))
     counts = compiled.compile_train_step(trainer).counts
     assert counts.unknown_loops == 0
     parameters, where = trainer.abstract_state.parameters, trainer.state_shardings.parameters

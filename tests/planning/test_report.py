@@ -5,8 +5,9 @@ import pytest
 
 from tfm import sharding
 from tfm.config import InputError, MeshConfig
-from tfm.planning.compiled import state_bytes, trainer_for
+from tfm.planning.compiled import state_bytes
 from tfm.planning.report import draw_sweep, parameter_table, sweep_table, table
+from tfm.training.step import trainer_of
 
 
 def a_plan(chips: int, fits: bool = True) -> dict:
@@ -64,7 +65,7 @@ def test_a_picture_of_a_sweep(tmp_path):
 
 
 def test_every_parameter_with_its_axes_and_bytes(tiny_config):
-    trainer = trainer_for(tiny_config(), sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    trainer = trainer_of(tiny_config(), 300, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     rows = [
         [cell.strip() for cell in line.split("  ") if cell.strip()] for line in parameter_table(trainer).split("\n")
     ]

@@ -9,8 +9,8 @@ import pytest
 
 from tfm.chips import TPUS
 from tfm.config import InputError
+from tfm.hlo.collectives import Collective
 from tfm.planning import topology
-from tfm.planning.collectives import Collective
 from tfm.planning.topology import TOPOLOGIES, collective_seconds, devices_of, topology_of
 
 LINK = TPUS["v5e"].link_bandwidth

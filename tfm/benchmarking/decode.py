@@ -136,7 +136,7 @@ def time_decoding(
             matmul_peak_flops=peak.again(),
         ),
         **programs.memory(compiled, list(devices)),
-        "collectives": programs.collectives(compiled),
+        "collectives": programs.collectives(compiled, len(devices)),
         **({} if trace is None else {"profile": trace}),
     }
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-import re
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,10 @@ import numpy as np
 
 from tfm import device_memory
 from tfm.device_memory import OutOfDeviceMemory
+from tfm.hlo.collectives import collectives_of, traffic
+from tfm.hlo.program import Program
 
-# As `compiled.as_text()` writes an instruction: `%name = shape kind(operands)`; asynchronous ones end in -start.
-_COLLECTIVE = re.compile(
-    r" = .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
+_log = logging.getLogger(__name__)
 
 
 def compiled_in_stages(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, dict[str, float]]:
@@ -113,7 +111,14 @@ def largest_power_of_two(below: int, fits: Callable[[int], bool]) -> int | None:
     return next(filter(fits, powers), None)
 
 
-def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Collectives of a compiled program by kind, {"all-reduce": 3}; one in a loop counts once."""
-    found = (_COLLECTIVE.search(line) for line in compiled.as_text().split("\n"))
-    return dict(sorted(collections.Counter(match[1] for match in found if match).items()))
+def collectives(compiled: jax.stages.Compiled, devices: int) -> dict[str, int] | None:
+    """Collectives of a program among so many devices, by kind, {"all-reduce": 3}; those in a loop as often as it turns.
+
+    None, and a warning, where the compiler writes them in a form that isn't known.
+    """
+    try:
+        found = traffic(collectives_of(Program(compiled.as_text()), devices))
+    except ValueError as error:
+        _log.warning("collectives are not counted: %s", error)
+        return None
+    return {kind: each.count for kind, each in found.items()}

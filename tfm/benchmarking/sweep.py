@@ -135,16 +135,12 @@ def benchmark_training(
 
 def train_config(config: Config, axis: str, value: int) -> Config:
     """The config of one point of a sweep. Raises ConfigError where it describes no run."""
-    data, training = config.data, config.training
-    tokens = training.target_tokens_per_batch
     if axis == "batch":
-        tokens = value * data.target_row_length
-    elif axis == "devices":
-        tokens = value * config.rows_per_batch * data.target_row_length
-    else:
-        data = dataclasses.replace(data, source_row_length=value, target_row_length=value)
-    training = dataclasses.replace(training, target_tokens_per_batch=tokens)
-    return dataclasses.replace(config, data=data, training=training).validate()
+        return config.with_rows(value)
+    if axis == "devices":
+        return config.with_rows(value * config.rows_per_batch)
+    data = dataclasses.replace(config.data, source_row_length=value, target_row_length=value)
+    return dataclasses.replace(config, data=data).validate()
 
 
 def benchmark_decoding(

@@ -28,7 +28,7 @@ from tfm.data.store import open_store, prepare
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 from tfm.model.transformer import count_parameters
-from tfm.training.step import Trainer, TrainState, training_model
+from tfm.training.step import Trainer, TrainState, trainer_of
 
 _log = logging.getLogger(__name__)
 
@@ -88,11 +88,6 @@ def workload(config: Config, lengths: Lengths) -> Iterator[Workload]:
         yield Workload(store.tokenizer.vocab_size, TrainBatches(store, data.train_split, config, remember=False))
 
 
-def trainer_of(config: Config, vocab_size: int, mesh: Mesh) -> Trainer:
-    """The trainer of a run with this config, as `tfm train` makes it."""
-    return Trainer(config, training_model(config, vocab_size, mesh.devices.flat[0].platform), mesh)
-
-
 def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, peak: MatmulPeak) -> dict[str, Any]:
     """Times training steps; the keys of the result are those of the command's JSON.
 
@@ -148,7 +143,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
                 matmul_peak_flops=peak.again(),
             ),
             **programs.memory(steps.compiled, list(devices)),
-            "collectives": programs.collectives(steps.compiled),
+            "collectives": programs.collectives(steps.compiled, len(devices)),
             "loss": steps.loss,
             **({} if trace is None else {"profile": trace}),
         }
@@ -218,10 +213,10 @@ def _hint(config: Config, vocab_size: int, mesh: Mesh) -> str:
     least = sharding.batch_shards(mesh) * config.training.gradient_accumulation
 
     def fits(times: int) -> bool:
-        smaller = with_rows(config, times * least)
+        smaller = config.with_rows(times * least)
         trainer = trainer_of(smaller, vocab_size, mesh)
         with jax.set_mesh(mesh):
-            lowered = trainer.train_step.lower(trainer.abstract_state, _abstract_batch(smaller))
+            lowered = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())
         return programs.fits(lowered, mesh.local_devices[0])
 
     times = programs.largest_power_of_two(-(-config.rows_per_batch // least), fits)
@@ -233,24 +228,9 @@ def _hint(config: Config, vocab_size: int, mesh: Mesh) -> str:
     return f"{rows:,} rows fit, the largest {what} that does: --training.target_tokens_per_batch={tokens}"
 
 
-def with_rows(config: Config, rows: int) -> Config:
-    """The config with another number of rows a batch. Raises ConfigError where it describes no run."""
-    tokens = rows * config.data.target_row_length
-    training = dataclasses.replace(config.training, target_tokens_per_batch=tokens)
-    return dataclasses.replace(config, training=training).validate()
-
-
 def _batch_of(config: Config) -> str:
     tokens = config.training.target_tokens_per_batch
     return f"a step of {config.rows_per_batch:,} rows (training.target_tokens_per_batch={tokens})"
-
-
-def _abstract_batch(config: Config) -> Batch:
-    """Shapes of a global batch."""
-    rows, data = config.rows_per_batch, config.data
-    source = jax.ShapeDtypeStruct((rows, data.source_row_length), np.int32)
-    target = jax.ShapeDtypeStruct((rows, data.target_row_length), np.int32)
-    return Batch(*[source] * 3, *[target] * 4, jax.ShapeDtypeStruct((rows,), np.int32))
 
 
 def unrolled_flops(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
@@ -269,7 +249,7 @@ def unrolled_flops(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     trainer = trainer_of(dataclasses.replace(config, model=model, training=training), vocab_size, mesh)
     trainer.logits_per_chunk = _NO_CHUNKS
     with jax.set_mesh(mesh):
-        return programs.lowered_flops(trainer.train_step.lower(trainer.abstract_state, _abstract_batch(config)))
+        return programs.lowered_flops(trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()))
 
 
 def _contents(batches: Sequence[Batch], times: Sequence[int]) -> dict[str, float]:

@@ -43,7 +43,8 @@ def deterministic_where_asked(config: Config) -> None:
 def trained(config: Config, workdir: str) -> int:
     """Trains a run to its end, or to a signal; the exit status."""
     from tfm import device_memory
-    from tfm.training.loop import TrainingDiverged, train
+    from tfm.training.loop import train
+    from tfm.training.progress import TrainingDiverged
 
     what = f"{config.rows_per_batch} rows a batch (training.target_tokens_per_batch) and the state of training"
     try:

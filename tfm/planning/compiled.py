@@ -15,13 +15,13 @@ from tfm import sharding
 from tfm.config import Config
 from tfm.data.batches import Batch
 from tfm.decoding.decoder import Bucket, Decoder
+from tfm.hlo.collectives import Collective, collectives_of
+from tfm.hlo.costs import bytes_accessed, copied_bytes_by_xla, flops
+from tfm.hlo.program import Program
 from tfm.model import transformer
 from tfm.model.dropout import dropout_key
 from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
-from tfm.planning.collectives import Collective, collectives_of
-from tfm.planning.costs import bytes_accessed, copied_bytes_by_xla, flops
-from tfm.planning.hlo import Program
-from tfm.training.step import Trainer, training_model
+from tfm.training.step import Trainer
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
@@ -67,30 +67,11 @@ class DecodeStep:
     compiled: Compiled
 
 
-def trainer_for(config: Config, mesh: Mesh) -> Trainer:
-    """The trainer of a config whose vocabulary has `data.vocab_size` pieces, on devices that need not be there.
-
-    Raises:
-      ConfigError: rows or parameters that the mesh does not divide.
-    """
-    model = training_model(config, config.data.vocab_size, mesh.devices.flat[0].platform)
-    return Trainer(config, model, mesh)
-
-
 def compile_train_step(trainer: Trainer) -> Compiled:
     """Compiles one update ahead of time. Raises OutOfMemory."""
     state = jax.tree.map(_placed, trainer.abstract_state, trainer.state_shardings)
     with jax.set_mesh(trainer.mesh):
-        return _compiled(trainer.train_step.lower(state, abstract_batch(trainer)), trainer.mesh.size)
-
-
-def abstract_batch(trainer: Trainer) -> Batch:
-    """Shapes of a global batch, placed."""
-    data, rows = trainer.config.data, trainer.config.rows_per_batch
-    source, target = (rows, data.source_row_length), (rows, data.target_row_length)
-    shapes = Batch(source, source, source, target, target, target, target, (rows,))
-    where = sharding.batch_sharding(trainer.mesh)
-    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for shape in shapes))
+        return _compiled(trainer.train_step.lower(state, trainer.abstract_batch()), trainer.mesh.size)
 
 
 def activation_bytes(trainer: Trainer) -> float:
@@ -108,7 +89,7 @@ def activation_bytes(trainer: Trainer) -> float:
         return jax.vjp(lambda p: trainer.sums(p, batch, key, smoothing).loss, parameters)[1]
 
     def kept_of(rows: int) -> int:
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), abstract_batch(trainer))
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), trainer.abstract_batch())
         with jax.set_mesh(trainer.mesh):
             kept = jax.tree.leaves(jax.eval_shape(backward, trainer.abstract_state.parameters, batch))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)

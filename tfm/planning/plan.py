@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from tfm import sharding
 from tfm.chips import chip_of
 from tfm.config import Config, InputError, MeshConfig
+from tfm.hlo.collectives import BETWEEN_SLICES, traffic
 from tfm.model.flops import decode_step_flops, train_step_flops
 from tfm.model.transformer import count_parameters
-from tfm.planning.collectives import BETWEEN_SLICES, expected_traffic, traffic
 from tfm.planning.compiled import (
     Compiled,
     Counts,
@@ -28,11 +28,11 @@ from tfm.planning.compiled import (
     compile_decode_step,
     compile_train_step,
     state_bytes,
-    trainer_for,
 )
+from tfm.planning.formula import expected_traffic
 from tfm.planning.prediction import Prediction, predict, utilisation
 from tfm.planning.topology import Topology, collective_seconds, coordinates_of, devices_of
-from tfm.training.step import Trainer
+from tfm.training.step import Trainer, trainer_of
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +43,7 @@ def scaled(config: Config, rows_per_chip: int | None, chips: int) -> Config:
     """The config with a global batch of so many rows a chip; as it is where that is None."""
     if rows_per_chip is None:
         return config
-    tokens = rows_per_chip * chips * config.data.target_row_length
-    training = dataclasses.replace(config.training, target_tokens_per_batch=tokens)
-    return dataclasses.replace(config, training=training).validate()
+    return config.with_rows(rows_per_chip * chips)
 
 
 def mesh_of(text: str, slices: int = 1) -> MeshConfig:
@@ -68,7 +66,8 @@ def trainer_on(config: Config, topology: Topology | None, rows_per_chip: int | N
             f"{config.rows_per_batch} rows, too few for {sharding.batch_shards(mesh)} pieces of it: raise it, or "
             "let it grow with the chips, as with --rows_per_chip=32"
         )
-    return trainer_for(config, mesh)
+    # A vocabulary has `data.vocab_size` pieces until a tokenizer is trained.
+    return trainer_of(config, config.data.vocab_size, mesh)
 
 
 def _slices(config: Config, topology: Topology) -> Topology:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from tfm.config import InputError
-from tfm.planning.collectives import KINDS
+from tfm.hlo.collectives import KINDS
 from tfm.planning.plan import Plan, place
 from tfm.sharding import LogicalAxes
 from tfm.training.step import Trainer

@@ -14,7 +14,7 @@ import jax
 
 from tfm.chips import TPUS, Chip
 from tfm.config import InputError
-from tfm.planning.collectives import BETWEEN_SLICES, Collective
+from tfm.hlo.collectives import BETWEEN_SLICES, Collective
 
 # Of those that Google Cloud offers ("TPU v4", "v5e", "v5p" and "v6e" architecture pages), the ones of whole hosts that
 # libtpu knows, with the largest.

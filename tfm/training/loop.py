@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -25,16 +24,14 @@ from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
 from tfm.training.metrics import MetricsWriter, finite, read_events
+from tfm.training.progress import Progress, perplexity
 from tfm.training.signals import Stopped, StopRequest, stop_signals
-from tfm.training.step import Trainer, TrainState, check_rows, training_model
+from tfm.training.step import TrainState, check_rows, trainer_of
+from tfm.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
 Scores = dict[str, float]
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many updates in a row were not finite. The parameters are still good: each of these updates was skipped."""
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> int:
@@ -65,8 +62,8 @@ class Run:
         check_rows(config, mesh)  # before a corpus is prepared for hours
         initial = _run_to_start_from(config, run)
         store = _prepared(config, run)
-        self.model = training_model(config, store.tokenizer.vocab_size, mesh.devices.flat[0].platform)
-        self.trainer = Trainer(config, self.model, mesh)
+        self.trainer = trainer_of(config, store.tokenizer.vocab_size, mesh)
+        self.model = self.trainer.model
         self.batches = TrainBatches(store, config.data.train_split, config)
         self.validation = validation_batches(store, config.data.validation_split, config)
         self.validation_text = store.text(config.data.validation_split, config.training.evaluate_sentences)
@@ -89,7 +86,7 @@ class Run:
             self.writer = stack.enter_context(
                 MetricsWriter(run.path, total_steps=config.training.steps, first_step=self.first_step)
             )
-        self.watchdog = stack.enter_context(hosts.Watchdog(config.hosts))
+        self.watchdog = stack.enter_context(Watchdog(config.hosts))
         _log.info(
             "%s parameters, vocabulary of %s, mesh %s, %s in %s, batches of %d rows: %s",
             f"{count_parameters(self.model):,}",
@@ -182,7 +179,7 @@ class Run:
             for i in range(len(self.validation))
         ]
         loss, nll, tokens = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
-        scores = {"loss": loss / tokens, "nll": nll / tokens, "perplexity": _perplexity(nll / tokens)}
+        scores = {"loss": loss / tokens, "nll": nll / tokens, "perplexity": perplexity(nll / tokens)}
         self.translator.set_parameters(parameters)
         sources, references = zip(*self.validation_text, strict=True)
         with device_memory.explained(*device_memory.TRANSLATING):
@@ -263,62 +260,6 @@ class Run:
         return since_best >= patience
 
 
-class Progress:
-    """Turns the metrics of steps into events, and notices when the updates stop being finite."""
-
-    def __init__(self, writer: MetricsWriter | None, config: Config, last_checkpoint: Callable[[], str]):
-        self.writer, self.config, self.last_checkpoint = writer, config, last_checkpoint
-        self._is_first = True
-        self._start_interval()
-
-    def record(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Waits for the step and takes note of it; an event every `training.log_every` steps.
-
-        Raises TrainingDiverged after `training.max_skipped_steps` updates in a row that were not finite.
-        """
-        numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
-        skipped_in_a_row = int(numbers.pop("skipped_in_a_row"))
-        self._steps += 1
-        self._source_tokens += numbers.pop("source_tokens")
-        self._target_tokens += numbers.pop("target_tokens")
-        if skipped_in_a_row:
-            _log.warning("step %d: the loss or its gradient is not finite; the update was skipped", step)
-        if step % self.config.training.log_every == 0 and self.writer is not None:
-            seconds = max(time.perf_counter() - self._started, 1e-9)
-            self.writer.write(
-                {
-                    "step": step,
-                    "kind": "train",
-                    **numbers,
-                    "perplexity": _perplexity(numbers["nll"]),
-                    "source_tokens_per_second": self._source_tokens / seconds,
-                    "target_tokens_per_second": self._target_tokens / seconds,
-                    "steps_per_second": self._steps / seconds,
-                }
-            )
-            self._start_interval()
-        elif self._is_first:
-            self._start_interval()  # compiling is no training
-        self._is_first = False
-        if skipped_in_a_row >= self.config.training.max_skipped_steps:
-            raise TrainingDiverged(
-                f"step {step}: {skipped_in_a_row} updates in a row were not finite, and none of them was applied; the "
-                f"last good checkpoint: {self.last_checkpoint()}; lower optimizer.learning_rate or set "
-                "optimizer.clip_norm, in a new --workdir, or look at the data of these steps"
-            )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Evaluating and saving do not count as training time."""
-        start = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - start
-
-    def _start_interval(self) -> None:
-        self._started = time.perf_counter()
-        self._steps, self._source_tokens, self._target_tokens = 0, 0.0, 0.0
-
-
 def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None:
     """The run whose parameters and tokenizer this one takes over; none once it has checkpoints of its own."""
     path = config.training.initialize_from
@@ -364,7 +305,3 @@ def _to_dict(state: TrainState) -> dict[str, Any]:
 
 def _from_dict(values: Mapping[str, Any]) -> TrainState:
     return TrainState(**{"ema": None, **values})
-
-
-def _perplexity(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf

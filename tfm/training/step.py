@@ -75,6 +75,11 @@ def training_model(config: Config, vocab_size: int, platform: str) -> Transforme
     )
 
 
+def trainer_of(config: Config, vocab_size: int, mesh: Mesh) -> Trainer:
+    """The trainer of a run with this config. Raises ConfigError as `Trainer` does."""
+    return Trainer(config, training_model(config, vocab_size, mesh.devices.flat[0].platform), mesh)
+
+
 class Trainer:
     """The compiled functions of a run on a mesh, and the shardings of what goes in and out.
 
@@ -121,6 +126,14 @@ class Trainer:
         )
         ema = None if self.abstract_state.ema is None else parameters
         return TrainState(whole, parameters, optimizer, ema, whole, whole)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes of a global batch, placed."""
+        data, rows = self.config.data, self.config.rows_per_batch
+        source, target = (rows, data.source_row_length), (rows, data.target_row_length)
+        shapes = Batch(source, source, source, target, target, target, target, (rows,))
+        where = sharding.batch_sharding(self.mesh)
+        return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for shape in shapes))
 
     def sums(self, parameters: Any, batch: Batch, key: DropoutKey | None, label_smoothing: float) -> LossSums:
         """Loss sums of a batch of packed rows."""

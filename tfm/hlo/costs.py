@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 
-from tfm.planning.hlo import Computation, Instruction, Program, arrays, dimensions, shape_bytes
+from tfm.hlo.program import Computation, Instruction, Program, arrays, dimensions, shape_bytes
 
 # What only names, views or frames other instructions, and moves no data by itself.
 _NAMING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "iota"}

@@ -1,4 +1,4 @@
-"""What the chips of a compiled program say to one another: counted in its text, and by formula.
+"""What the devices of a compiled program say to one another, counted in its text.
 
 Bytes are those of the whole array that a group of chips handles together, as one of them sees it: what is summed
 (all-reduce, reduce-scatter) before it is cut, what is gathered (all-gather) after it is whole, what each chip sends
@@ -11,15 +11,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from tfm import sharding
-from tfm.planning.hlo import Program
+from tfm.hlo.program import Program
 
 BETWEEN_SLICES = "all-reduce-between-slices"
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
@@ -155,41 +150,3 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
-
-
-def expected_traffic(
-    mesh: Mesh, parameters: Any, shardings: Any, micro_batches: int, dtype: Any, slices: int = 1
-) -> dict[str, float]:
-    """Bytes a step by kind, by formula, where only the batch axes split anything; scalars, such as the loss, left out.
-
-    The gradient of a weight has the dtype of the matrix product that it comes from; those of tables, biases and norms
-    are float32. They are summed over the batch once a micro-batch. A parameter that is whole on every device has its
-    gradient all-reduced. One that is split (fsdp) is gathered for the forward pass, a weight again for the backward
-    pass; its gradient is summed and cut by a reduce-scatter, and what is left of it is all-reduced over the other batch
-    axis; over several slices by a reduce-scatter within each, an all-reduce of the pieces between them, and an
-    all-gather. That is the least: the compiler may all-reduce a whole gradient where a reduce-scatter would do.
-
-    Raises:
-      ValueError: a mesh that splits more than the batch.
-    """
-    shards = sharding.batch_shards(mesh)
-    if shards != mesh.size:
-        raise ValueError("the formula is one of the batch axes alone")
-    found = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter", BETWEEN_SLICES), 0.0)
-    for (path, leaf), where in zip(
-        jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
-    ):
-        is_weight = getattr(path[-1], "key", None) == "kernel"
-        size = leaf.size * (jnp.dtype(dtype).itemsize if is_weight else 4.0) * micro_batches
-        parts = leaf.size // math.prod(where.shard_shape(leaf.shape))
-        if parts > 1:
-            found["all-gather"] += (2.0 if is_weight else 1.0) * size
-            found["reduce-scatter"] += size
-        if shards > parts and slices == 1:
-            found["all-reduce"] += size / parts
-        elif shards > parts:
-            alike = shards // parts // slices  # chips of a slice that have the same part
-            for kind in ("reduce-scatter", "all-gather"):
-                found[kind] += size / parts if alike > 1 else 0.0
-            found[BETWEEN_SLICES] += size / parts / alike
-    return {kind: size for kind, size in found.items() if size}

@@ -6,10 +6,11 @@ import pytest
 
 from tfm import sharding
 from tfm.config import MeshConfig
+from tfm.hlo.costs import bytes_accessed, copied_bytes_by_xla, flops
+from tfm.hlo.program import Program
 from tfm.model.flops import train_step_flops
-from tfm.planning.compiled import compile_train_step, trainer_for
-from tfm.planning.costs import bytes_accessed, copied_bytes_by_xla, flops
-from tfm.planning.hlo import Program
+from tfm.planning.compiled import compile_train_step
+from tfm.training.step import trainer_of
 
 FUSIONS = """HloModule m
 
@@ -157,7 +158,7 @@ def test_layers_in_a_loop_and_side_by_side_have_the_same_flops(tiny_config):
         changes = {f"model.{side}_layers": 2 for side in ("encoder", "decoder")}
         changes |= {"model.d_model": 32, "model.d_ff": 128, "training.gradient_accumulation": 2}
         config = tiny_config({**changes, "training.unroll_layers": unroll})
-        trainer = trainer_for(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+        trainer = trainer_of(config, config.data.vocab_size, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
         trainer.logits_per_chunk //= 2**6 if unroll == 1 else 1
         counted[unroll] = compile_train_step(trainer).counts
     assert counted[1].unknown_loops == counted[2].unknown_loops == 0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tfm.planning.hlo import Program, arrays, dimensions, shape_bytes
+from tfm.hlo.program import Program, arrays, dimensions, shape_bytes
 
 LOOPS = """HloModule m, is_scheduled=true
 

@@ -1,0 +1,29 @@
+"""When the watchdog is set, and for how long; that it bites is in test_processes.py."""
+
+import faulthandler
+
+from tfm import hosts
+from tfm.config import HostsConfig
+from tfm.watchdog import Watchdog
+
+
+def test_a_host_alone_is_never_ended(monkeypatch):
+    armed = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: armed.append(args))
+    with Watchdog(HostsConfig(step_timeout=1)) as watchdog:
+        watchdog.begins("stepping")
+    assert not armed
+
+
+def test_among_others_each_kind_of_work_has_its_limit_and_the_first_host_is_patient(monkeypatch):
+    armed = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append((seconds, exit)))
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    limits = HostsConfig(compile_timeout=70, step_timeout=10, evaluation_timeout=0, save_timeout=30)
+    for index, expected in ((1, [70, 10, 30]), (0, [75, 15, 35])):
+        monkeypatch.setattr(hosts, "index", lambda index=index: index)
+        armed.clear()
+        with Watchdog(limits) as watchdog:
+            for work in ("compiling", "stepping", "evaluating", "saving"):
+                watchdog.begins(work)
+        assert armed == [(seconds, True) for seconds in expected]
