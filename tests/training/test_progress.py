@@ -1,4 +1,4 @@
-"""Events out of the metrics of steps, on a clock of the test's own; that a run ends where it diverges is in test_loop."""
+"""Events out of the metrics of steps, on a clock of the test's own; how a run diverges is in test_loop."""
 
 import math
 
