@@ -164,6 +164,7 @@ def test_every_field_has_a_rule_or_needs_none():
             dict(optimizer__name="adafactor", optimizer__beta2=0.9),
             ["optimizer.beta2=0.9", "optimizer.name=adafactor"],
         ),
+        (dict(data__tokenizer="a.model", data__tokenizer_model="bpe"), ["data.tokenizer_model=bpe", "data.tokenizer="]),
         (dict(data__segmentation_alpha=0.7), ["data.segmentation_alpha=0.7", "data.segmentations=1"]),
         (
             dict(data__segmentation_alpha=3.0, data__segmentations=2, data__tokenizer_model="bpe"),

@@ -99,6 +99,13 @@ def check_together(config: Config) -> None:
             f"training.initialize_from={training.initialize_from} brings its own tokenizer, and data.tokenizer="
             f"{data.tokenizer} names another: leave one of them out"
         )
+    if data.tokenizer is not None:
+        for name in ("tokenizer_model", "tokenizer_sample"):
+            if _changed(data, name):
+                raise ConfigError(
+                    f"data.{name}={getattr(data, name)} has no effect with data.tokenizer={data.tokenizer}, which is "
+                    "not trained: leave one of them out"
+                )
     if data.segmentations == 1 and _changed(data, "segmentation_alpha"):
         raise ConfigError(
             f"data.segmentation_alpha={data.segmentation_alpha} has no effect with data.segmentations=1: raise that"

@@ -88,6 +88,10 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
         (["decode", "CONFIG", "--devices=-1"], "-1 devices are asked for: at least one is needed"),
         (["decode", "CONFIG", "--length=0"], "must be at least 1"),
         (["decode", "CONFIG", "--beams", "1", "99999"], "--beams 99999 is more than the"),
+        (
+            ["decode", "CONFIG", "--decoding.sampling"],
+            "--decoding.sampling=True: has no effect on",
+        ),
         (["decode", "CONFIG", "--mesh.fsdp=2"], "--mesh.fsdp=2: has no effect on tfm benchmark decode"),
         (["decode", "CONFIG", "--devices=3", "--mesh.tensor=3"], "which mesh.tensor=3 does not divide"),
         (["train", "CONFIG", "--profile=/dev/null/x"], "--profile=/dev/null/x: cannot be written: Not a directory"),

@@ -41,6 +41,8 @@ class _Given:
 
 _ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
 _OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+_SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
+_SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
 # Of which a device has nothing but rows, or a part of the heads.
 _OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
 
@@ -68,6 +70,10 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
             raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
         if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
             raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
+        if command == "benchmark decode" and option.name in _SET_BY_THE_BENCHMARK:
+            raise InputError(
+                f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"
+            )
         if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
             raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
         if option.name.startswith("mesh."):
