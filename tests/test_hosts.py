@@ -71,7 +71,7 @@ def work(argv):
         print("begun", flush=True)
         if sys.argv[1] == "wrong":
             raise InputError("no such thing")
-        time.sleep(60)
+        time.sleep(120)
 
 prepare.main = work
 sys.exit(main(["prepare"]))
@@ -93,10 +93,14 @@ def test_the_only_host_of_a_cluster_ends_as_any_program(what, status, said):
     process = subprocess.Popen(
         [sys.executable, "-c", code, what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "begun\n"
-    if what != "wrong":
-        process.send_signal(signal.Signals[what])
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        if what != "wrong":
+            process.send_signal(signal.Signals[what])
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == status
     assert errors.endswith(said) and "Traceback" not in errors
 

@@ -254,7 +254,7 @@ def test_two_hosts_translate_as_one_does_and_score_and_evaluate(place, two, reve
     assert [b"bleu" in output.read_bytes() for output in program.outputs] == [True, False]
     program = Program(place, "translate-stdin", 2, 2, "-m", "tfm", "translate", f"--workdir={two}")
     assert program.statuses() == [2, 2]
-    assert "name it with --input" in program.said(0)
+    assert "--input=-: several hosts have one input" in program.said(0)
 
 
 def test_two_hosts_are_timed_as_one(config_path, place):
