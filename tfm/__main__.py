@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import errno
 import importlib
 import importlib.util
 import io
@@ -50,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        from tfm.checkpoint.run_directory import FULL
+
+        if error.filename is not None or error.errno not in FULL:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"tfm: error: what was being written has no more room ({error.strerror}): free some", file=sys.stderr)

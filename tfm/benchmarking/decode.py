@@ -160,10 +160,10 @@ def _decoder(
     model = Transformer(
         config.model, config.data.vocab_size, compute_dtype(config.model, mesh.devices.flat[0].platform)
     )
-    boxed = abstract_parameters(model)
-    sharding.parameter_shardings(mesh, sharding.unboxed(boxed), sharding.logical_axes(boxed))  # can they be split so?
+    boxed = abstract_parameters(model)  # laid out as those of a run are when they are read
+    where = sharding.parameter_shardings(mesh, sharding.unboxed(boxed), sharding.logical_axes(boxed))
     decoder = Decoder([model], mesh, decoding, _BANNED, scores=False)
-    initial = jax.jit(lambda: init_parameters(model, config.training.seed), out_shardings=sharding.replicated(mesh))
+    initial = jax.jit(lambda: init_parameters(model, config.training.seed), out_shardings=where)
     decoder.set_parameters(initial())
     return decoder, decoder.buckets[-1]
 
