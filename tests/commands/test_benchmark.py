@@ -87,7 +87,7 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
         (["train", "CONFIG", "--devices=0"], "0 devices are asked for: at least one is needed"),
         (["decode", "CONFIG", "--devices=-1"], "-1 devices are asked for: at least one is needed"),
         (["decode", "CONFIG", "--length=0"], "must be at least 1"),
-        (["decode", "CONFIG", "--beams", "1", "99999"], "--beams 99999 is more than the"),
+        (["decode", "CONFIG", "--beams", "1", "99999"], "decoding.beam_size=99999 is more than the"),
         (
             ["decode", "CONFIG", "--decoding.sampling"],
             "--decoding.sampling=True: has no effect on",

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from tfm import hosts, sharding
-from tfm.benchmarking.decode import DecodeTiming, check_beams, time_decoding
+from tfm.benchmarking.decode import BANNED, DecodeTiming, time_decoding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
 from tfm.benchmarking.train import TrainTiming, time_training
 from tfm.config import Config, ConfigError, InputError
+from tfm.decoding.decoder import check_beam
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.transformer import compute_dtype
 from tfm.training.step import check_rows
@@ -170,7 +171,7 @@ def benchmark_decoding(
     """
     _check_counts(timing.steps, timing.warmup, timing.length, *(beams or ()), *(batches or ()))
     beams = sorted({1, config.decoding.beam_size} if beams is None else set(beams))
-    check_beams(config, beams)
+    check_beam(beams[-1], config.data.vocab_size, BANNED)  # before the first is measured
     peaks = _Peaks(config, make_peak)
     points = []
     for beam in beams:

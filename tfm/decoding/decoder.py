@@ -54,6 +54,12 @@ class Rows(NamedTuple):
     target_BT: Any = None  # int32, or None; given translations, each ending in EOS
 
 
+def check_beam(beams: int, vocab_size: int, banned: Sequence[int]) -> None:
+    """Raises ConfigError at a beam of more hypotheses than there are tokens that are not banned."""
+    if beams > (most := vocab_size - len(banned)):
+        raise ConfigError(f"decoding.beam_size={beams} is more than the {most} tokens that can be generated: lower it")
+
+
 class Decoder:
     """Translates batches of token ids with given parameters, of one model or of several together.
 
@@ -79,11 +85,8 @@ class Decoder:
     ):
         self.models, self.mesh, self.config, self.scores = tuple(models), mesh, config, scores
         vocab_size = self.models[0].vocab_size
-        if not config.sampling and config.beam_size > vocab_size - len(banned):
-            raise ConfigError(
-                f"decoding.beam_size={config.beam_size} is more than the {vocab_size - len(banned)} tokens that can be "
-                "generated: lower it"
-            )
+        if not config.sampling:
+            check_beam(config.beam_size, vocab_size, banned)
         shards = sharding.batch_shards(mesh)
         extra = config.max_extra_tokens
         ladder = _ladder(config, config.max_source_length, shards)
