@@ -1,7 +1,8 @@
 """The big model of *Attention Is All You Need* (Vaswani et al., 2017): Table 3, last row, on any corpus.
 
-6 + 6 layers of width 1024 with 16 heads, about 214 million parameters (the paper says 213), dropout 0.3, 300,000 updates; otherwise the base
-model. For English to French the paper has dropout 0.1: --model.dropout_rate=0.1. Name your corpus with --data.corpus.
+6 + 6 layers of width 1024 with 16 heads, about 214 million parameters (the paper says 213), dropout 0.3,
+300,000 updates; otherwise the base model. For English to French the paper has dropout 0.1: --model.dropout_rate=0.1.
+Name your corpus with --data.corpus.
 """
 
 from tfm.config import Config, DataConfig, DecodingConfig, ModelConfig, OptimizerConfig, TrainingConfig

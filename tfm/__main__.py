@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        from tfm.checkpoint.run_directory import FULL
+        from tfm.files import FULL
 
         if error.filename is not None or error.errno not in FULL:
             raise

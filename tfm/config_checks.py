@@ -8,8 +8,18 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tfm.config import Config, ConfigError, DecodingConfig
+from tfm.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DecodingConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 
+AVERAGE = re.compile(r"(last|best)(?::([1-9][0-9]*))?")  # of checkpoints: the last N or the best N
 _LEAST_TEMPERATURE = 1e-6  # logits divided by less may no longer be float32 numbers
 
 
@@ -69,13 +79,16 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def check_together(config: Config) -> None:
     """Raises ConfigError at values that contradict each other, naming the fields."""
-    model, data, optimizer, training, decoding = (
-        config.model,
-        config.data,
-        config.optimizer,
-        config.training,
-        config.decoding,
-    )
+    _check_model(config.model)
+    _check_data(config.data)
+    _check_optimizer(config.optimizer, config.training)
+    _check_training(config.training, config.data)
+    _check_decoding(config.decoding)
+    _check_average(config.decoding, config.training)
+    _check_mesh(config.mesh)
+
+
+def _check_model(model: ModelConfig) -> None:
     for name in ("d_k", "d_v"):
         if getattr(model, name) is None and model.d_model % model.num_heads:
             raise ConfigError(
@@ -84,6 +97,9 @@ def check_together(config: Config) -> None:
             )
     if model.d_model % 2:
         raise ConfigError(f"model.d_model={model.d_model}: must be even, since positions are pairs of sine and cosine")
+
+
+def _check_data(data: DataConfig) -> None:
     if not data.corpus:
         raise ConfigError("data.corpus is empty: name at least one corpus, such as demo or text:DIR/{split}.{lang}")
     if data.source_language == data.target_language:
@@ -93,11 +109,6 @@ def check_together(config: Config) -> None:
     if data.train_split == data.validation_split:
         raise ConfigError(
             f"data.train_split and data.validation_split are both {data.train_split!r}: validation must be unseen"
-        )
-    if training.initialize_from is not None and data.tokenizer is not None:
-        raise ConfigError(
-            f"training.initialize_from={training.initialize_from} brings its own tokenizer, and data.tokenizer="
-            f"{data.tokenizer} names another: leave one of them out"
         )
     if data.tokenizer is not None:
         for name in ("tokenizer_model", "tokenizer_sample"):
@@ -114,13 +125,9 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"data.segmentation_alpha={data.segmentation_alpha}: with data.tokenizer_model=bpe it is a share, at most 1"
         )
-    rows = training.target_tokens_per_batch // data.target_row_length
-    if rows < training.gradient_accumulation:
-        raise ConfigError(
-            f"training.target_tokens_per_batch={training.target_tokens_per_batch} has room for {rows} rows of "
-            f"data.target_row_length={data.target_row_length}, and training.gradient_accumulation="
-            f"{training.gradient_accumulation} needs at least as many rows: raise the first or lower the others"
-        )
+
+
+def _check_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> None:
     if optimizer.schedule != "inverse_sqrt" and optimizer.warmup_steps >= training.steps:
         raise ConfigError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of training.steps={training.steps} for "
@@ -151,18 +158,26 @@ def check_together(config: Config) -> None:
             f"optimizer.final_learning_rate={optimizer.final_learning_rate} has no effect with "
             "optimizer.schedule=inverse_sqrt: use cosine or wsd"
         )
-    if decoding.average is not None:
-        found = re.fullmatch(r"(last|best)(?::([1-9][0-9]*))?", decoding.average)
-        if found is None:
-            raise ConfigError(f"decoding.average={decoding.average!r}: must be last:N or best:N, N a number from 1")
-        kept = getattr(training, f"keep_{found[1]}")
-        if int(found[2] or 1) > max(kept, 1):
-            raise ConfigError(
-                f"decoding.average={decoding.average} is the mean of more checkpoints than "
-                f"training.keep_{found[1]}={kept} keeps: raise the second or lower the first"
-            )
+
+
+def _check_training(training: TrainingConfig, data: DataConfig) -> None:
+    if training.initialize_from is not None and data.tokenizer is not None:
+        raise ConfigError(
+            f"training.initialize_from={training.initialize_from} brings its own tokenizer, and data.tokenizer="
+            f"{data.tokenizer} names another: leave one of them out"
+        )
+    rows = training.target_tokens_per_batch // data.target_row_length
+    if rows < training.gradient_accumulation:
+        raise ConfigError(
+            f"training.target_tokens_per_batch={training.target_tokens_per_batch} has room for {rows} rows of "
+            f"data.target_row_length={data.target_row_length}, and training.gradient_accumulation="
+            f"{training.gradient_accumulation} needs at least as many rows: raise the first or lower the others"
+        )
     if training.seed >= 2**32:
         raise ConfigError(f"training.seed={training.seed}: must be below 2**32")
+
+
+def _check_decoding(decoding: DecodingConfig) -> None:
     if decoding.tokens_per_batch < decoding.max_source_length:
         raise ConfigError(
             f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "
@@ -174,22 +189,6 @@ def check_together(config: Config) -> None:
             f"decoding.max_source_length={decoding.max_source_length} and decoding.max_extra_tokens="
             f"{decoding.max_extra_tokens}"
         )
-    _check_decoding(decoding)
-    mesh = dataclasses.asdict(config.mesh)
-    free = [f"mesh.{axis}" for axis, size in mesh.items() if size == -1]
-    if len(free) > 1:
-        raise ConfigError(f"{' and '.join(free)} are both -1: at most one axis can take the rest of the devices")
-    for axis, size in mesh.items():
-        if size != -1 and size < 1:
-            raise ConfigError(f"mesh.{axis}={size}: must be at least 1, or -1 for the rest of the devices")
-
-
-def _changed(section: Any, name: str) -> bool:
-    """Whether a field has another value than its default."""
-    return getattr(section, name) != getattr(type(section)(), name)
-
-
-def _check_decoding(decoding: DecodingConfig) -> None:
     if decoding.sampling_temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
             f"decoding.sampling_temperature={decoding.sampling_temperature}: must be at least {_LEAST_TEMPERATURE}; "
@@ -210,3 +209,32 @@ def _check_decoding(decoding: DecodingConfig) -> None:
         if _changed(decoding, name):
             value = getattr(decoding, name)
             raise ConfigError(f"decoding.{name}={value} has no effect without decoding.sampling=True: set both or none")
+
+
+def _check_average(decoding: DecodingConfig, training: TrainingConfig) -> None:
+    if decoding.average is None:
+        return
+    found = AVERAGE.fullmatch(decoding.average)
+    if found is None:
+        raise ConfigError(f"decoding.average={decoding.average!r}: must be last:N or best:N, N a number from 1")
+    kept = getattr(training, f"keep_{found[1]}")
+    if int(found[2] or 1) > max(kept, 1):
+        raise ConfigError(
+            f"decoding.average={decoding.average} is the mean of more checkpoints than "
+            f"training.keep_{found[1]}={kept} keeps: raise the second or lower the first"
+        )
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = dataclasses.asdict(mesh)
+    free = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"{' and '.join(free)} are both -1: at most one axis can take the rest of the devices")
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"mesh.{axis}={size}: must be at least 1, or -1 for the rest of the devices")
+
+
+def _changed(section: Any, name: str) -> bool:
+    """Whether a field has another value than its default."""
+    return getattr(section, name) != getattr(type(section)(), name)

@@ -15,11 +15,12 @@ from tfm.checkpoint import manifest as manifests
 from tfm.checkpoint import storage
 from tfm.checkpoint.manifest import Manifest
 from tfm.checkpoint.reader import CheckpointReader, Restored, ranked
-from tfm.checkpoint.run_directory import FULL, RunDirectory, remove_tree, unwritable
+from tfm.checkpoint.run_directory import RunDirectory, unwritable
 from tfm.config import InputError
+from tfm.files import FULL, remove_tree
 
 if TYPE_CHECKING:
-    from tfm.checkpoint.run_directory import AnyPath
+    from tfm.files import AnyPath
 
 logger = logging.getLogger(__name__)
 

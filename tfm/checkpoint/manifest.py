@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tfm.checkpoint.run_directory import remove_tree, sync_directory, write_atomically
+from tfm.files import remove_tree, sync_directory, write_atomically
 
 if TYPE_CHECKING:
-    from tfm.checkpoint.run_directory import AnyPath
+    from tfm.files import AnyPath
 
 NAME = "manifest.json"
 FORMAT = 1

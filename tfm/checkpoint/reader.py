@@ -13,9 +13,10 @@ from tfm.checkpoint import storage
 from tfm.checkpoint.manifest import Damaged, Manifest, Unfinished
 from tfm.checkpoint.run_directory import RunDirectory, refuse_link
 from tfm.config import InputError
+from tfm.config_checks import AVERAGE
 
 if TYPE_CHECKING:
-    from tfm.checkpoint.run_directory import AnyPath
+    from tfm.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def _parse(which: str | int | None) -> tuple[str | int, int]:
     text = "best" if which is None else str(which)
     if re.fullmatch(r"[0-9]+", text):
         return int(text), 1
-    match = re.fullmatch(r"(last|best)(?::([1-9][0-9]*))?", text)
+    match = AVERAGE.fullmatch(text)
     if match is None:
         raise InputError(f"checkpoint {which!r}: expected last:N or best:N with N at least 1, last, best, or a step")
     return match[1], int(match[2] or 1)

@@ -15,18 +15,16 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfm.config import Config, HostsConfig, InputError, fields_of, from_json
+from tfm.files import FULL, as_path, without_client, write_atomically
 
 if TYPE_CHECKING:
-    from etils import epath
-
-    AnyPath = Path | epath.Path
+    from tfm.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +42,6 @@ _SECTIONS_THAT_MAY_CHANGE = ("mesh.", "decoding.", "hosts.")
 # killed at its start, and a shell's redirection write these.
 _HARMLESS = ("store", "store.partial", "tokenizer.model", "lost+found")
 _HARMLESS_ENDINGS = (".log", ".out", ".err", ".txt", ".sh")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunDirectory:
@@ -251,77 +248,12 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
     return cut
 
 
-def as_path(path: str | os.PathLike[str]) -> Any:
-    """An absolute pathlib.Path, or an epath.Path (which has its methods) of an address such as gs://bucket/run."""
-    if "://" in (address := os.fspath(path)):
-        import fsspec.config
-        from etils import epath
-
-        # Listings are kept for ever there, and a host would never see what another one writes.
-        for protocol in (address.partition("://")[0], "gcs"):  # gs:// is opened under either name
-            fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-        try:
-            return epath.Path(path)
-        except KeyError as error:
-            raise InputError(f"{address}: no kind of address that can be read: give gs://, s3:// or a path") from error
-    return at_home(Path(path)).absolute()
-
-
-def at_home(path: Path) -> Path:
-    """The path with the home directory for ~. Raises InputError where that is of nobody."""
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{path}: there is no home directory of that name: write the path out") from error
-
-
-def write_atomically(path: AnyPath, data: bytes) -> None:
-    """Writes the whole file or leaves what was there. On return it is on the disk, not only in its cache."""
-    if not isinstance(path, Path):
-        path.write_bytes(data)  # an object store shows an object only once it is whole
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a local directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_tree(path: AnyPath) -> None:
-    """Removes a directory with all that is in it, as far as it can be; links are removed, never followed."""
-    if isinstance(path, Path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.rmtree(missing_ok=True)
-
-
 def refuse_link(path: AnyPath) -> None:
     """Raises InputError when `path` is a symbolic link: a copied run directory must not reach outside itself."""
     if isinstance(path, Path) and path.is_symlink():
         raise InputError(
             f"{path}: is a link to {os.readlink(path)}: a run directory holds no links; put the file itself there"
         )
-
-
-def without_client(path: AnyPath, error: ImportError) -> InputError:
-    """The one line for an address whose object store takes a package that isn't installed."""
-    reason = " ".join(str(error).split())
-    return InputError(f"{path}: cannot be reached ({reason}): for gs://, .venv/bin/pip install -e '.[gcs]'")
 
 
 def unwritable(path: AnyPath, error: OSError) -> InputError:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfm.checkpoint.run_directory import AnyPath
+    from tfm.files import AnyPath
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax has not finished
 

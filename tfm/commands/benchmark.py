@@ -8,11 +8,11 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from tfm.checkpoint.run_directory import at_home
 from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
 from tfm.commands.options import parse
 from tfm.commands.train import deterministic_where_asked
 from tfm.config import Config, InputError
+from tfm.files import at_home
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tfm.data.tokenizer import Tokenizer, write_atomically
+from tfm.data.tokenizer import Tokenizer
+from tfm.files import write_atomically
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"

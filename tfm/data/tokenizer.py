@@ -26,6 +26,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tfm.config import InputError
 from tfm.data.corpus import single_line
 from tfm.data.permutation import hash64
+from tfm.files import write_atomically
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 _SPECIAL = {"pad_id": PAD, "eos_id": EOS, "bos_id": BOS, "unk_id": UNK}
@@ -239,13 +240,6 @@ def train_tokenizer(
         )
     write_atomically(Path(path), tokenizer.model)
     return tokenizer
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name first, so that `path` is whole or absent."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _training_error(error: Exception, vocab_size: int) -> InputError:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tfm.config import InputError
 
 if TYPE_CHECKING:
-    from tfm.checkpoint.run_directory import AnyPath
+    from tfm.files import AnyPath
 
 log = logging.getLogger(__name__)
 
