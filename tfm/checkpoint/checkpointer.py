@@ -22,7 +22,7 @@ from tfm.files import FULL, remove_tree
 if TYPE_CHECKING:
     from tfm.files import AnyPath
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _REMOVING = "removing-"
 _DAMAGED = "damaged"
@@ -60,7 +60,7 @@ class Checkpointer(CheckpointReader):
         try:
             self.wait()
         except (InputError, RuntimeError) as failure:  # what ended the run is reported, and not what came after it
-            logger.error("%s", failure)
+            _log.error("%s", failure)
 
     def resume(self, abstract_state: Mapping[str, Any]) -> Restored | None:
         """`restore`, then makes room: what is half-written is removed, what is damaged moved to checkpoints/damaged.
@@ -235,7 +235,7 @@ class Checkpointer(CheckpointReader):
             number += 1
             name = f"{step}-{number}"
         self._directory(step).rename(aside / name)
-        logger.warning("%s: moved to %s; it is not used, and may be deleted", self._directory(step), aside / name)
+        _log.warning("%s: moved to %s; it is not used, and may be deleted", self._directory(step), aside / name)
 
     def _remove_surplus(self) -> None:
         """Keeps the newest `keep_last` and the best `keep_best`; so the newest is never removed."""
@@ -252,4 +252,4 @@ class Checkpointer(CheckpointReader):
                     (directory / manifests.NAME).unlink()  # an object store cannot rename at once
                     remove_tree(directory)
             except OSError as error:
-                logger.warning("%s: an old checkpoint cannot be removed (%s)", directory, error)
+                _log.warning("%s: an old checkpoint cannot be removed (%s)", directory, error)

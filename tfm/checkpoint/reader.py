@@ -18,7 +18,7 @@ from tfm.config_checks import AVERAGE
 if TYPE_CHECKING:
     from tfm.files import AnyPath
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 Known = Mapping[int, Manifest | Damaged]  # every step that has a manifest -> it, or what is wrong with it
 
@@ -71,7 +71,7 @@ class CheckpointReader:
         kind, count = _parse(which)
         order = self._order(known, kind, count, asked=which is not None)
         if kind == "best" and count > max(1, kept := self.run.config.training.keep_best):
-            logger.warning("%s: training.keep_best=%d: some of the best %d may be gone", self.run.path, kept, count)
+            _log.warning("%s: training.keep_best=%d: some of the best %d may be gone", self.run.path, kept, count)
         damaged: dict[int, str] = {}
         chosen: list[Manifest] = []
         mean, parameters = storage.Mean(), None
@@ -88,7 +88,7 @@ class CheckpointReader:
                 raise self._none_usable(damaged)
             raise InputError(f"{self.run.checkpoints_path}: holds no finished checkpoint: train the run first")
         if len(chosen) < count:
-            logger.warning("%s: averages %d checkpoints, not %d: no more are usable", self.run.path, len(chosen), count)
+            _log.warning("%s: averages %d checkpoints, not %d: no more are usable", self.run.path, len(chosen), count)
         if len(chosen) > 1:
             parameters = mean.result(abstract_parameters)
         first = chosen[0]
@@ -103,7 +103,7 @@ class CheckpointReader:
         if kind == "last":
             return newest_first
         if not best_first and asked and known:
-            logger.warning("%s: no checkpoint was evaluated; the newest is taken for the best", self.run.path)
+            _log.warning("%s: no checkpoint was evaluated; the newest is taken for the best", self.run.path)
         if best_first and count > 1:
             return best_first
         return best_first + [step for step in newest_first if step not in best_first]
@@ -204,7 +204,7 @@ class CheckpointReader:
     def _warn_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
-            logger.warning("%s", message)
+            _log.warning("%s", message)
 
 
 def ranked(known: Known) -> list[int]:

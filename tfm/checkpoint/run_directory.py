@@ -26,7 +26,7 @@ from tfm.files import FULL, as_path, without_client, write_atomically
 if TYPE_CHECKING:
     from tfm.files import AnyPath
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: it changes where and how fast the same numbers are computed, what
 # is reported and what is kept, and no parameter beyond the rounding of another order of summation.
@@ -134,7 +134,7 @@ class RunDirectory:
                     f"{self.path}: another process is training in it: wait for it to end, or use another --workdir"
                 ) from error
             except OSError as error:
-                logger.warning("%s: cannot be locked (%s); start no second training in it", self.path, error.strerror)
+                _log.warning("%s: cannot be locked (%s); start no second training in it", self.path, error.strerror)
             yield
         finally:
             os.close(descriptor)
@@ -144,7 +144,7 @@ class RunDirectory:
         old, new = fields_of(self.config), fields_of(config := dataclasses.replace(config, hosts=HostsConfig()))
         for name in old:
             if old[name] != new[name]:
-                logger.info("%s: the run goes on with %s=%r, %r so far", self.path, name, new[name], old[name])
+                _log.info("%s: the run goes on with %s=%r, %r so far", self.path, name, new[name], old[name])
         try:
             write_atomically(self.config_path, config.to_json().encode())
         except OSError as error:
@@ -235,7 +235,7 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
             event = json.loads(line)
             later = event.get("step", step) > step
         except (ValueError, TypeError, AttributeError):
-            logger.warning("%s, line %d: not an event of a run, removed: %r", path, number, line[:80])
+            _log.warning("%s, line %d: not an event of a run, removed: %r", path, number, line[:80])
             continue
         if not later:
             kept.append(line + b"\n")

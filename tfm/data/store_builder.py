@@ -21,7 +21,7 @@ from tfm.data.tokenizer import EOS, SentenceSample, Tokenizer, train_tokenizer
 _CHUNK = 20_000  # pairs read, checked and tokenized at a time
 _PROGRESS = 5_000_000  # pairs between two lines of progress
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def build_store(
@@ -39,7 +39,7 @@ def build_store(
     asked = data.vocab_size
     if tokenizer is None:
         sentences = sample.sentences()
-        log.info("training the tokenizer on %d sentences", len(sentences))
+        _log.info("training the tokenizer on %d sentences", len(sentences))
         tokenizer = train_tokenizer(sentences, directory / TOKENIZER, asked, tags, data.tokenizer_model)
     else:
         asked = tokenizer.vocab_size
@@ -79,7 +79,7 @@ def _scan(
         if sample is not None:
             sample.add(texts, corpus.spec.weight)
         if report.pairs % _PROGRESS == 0:
-            log.info("%s %s: %d pairs checked", corpus.name, split, report.pairs)
+            _log.info("%s %s: %d pairs checked", corpus.name, split, report.pairs)
     if not report.pairs:
         raise InputError(f"{corpus.where(split)}: no pairs in the split {split!r}; give a corpus with at least one")
     if 2 * report.findings[NUL].count > report.pairs:
@@ -137,7 +137,7 @@ def _tokenize(
             texts += [(tag + source, target) for source, target in pairs]
         line += len(pairs)
         if (line - 1) % _PROGRESS == 0:
-            log.info("%s %s: %d pairs tokenized", corpus.name, report.split, line - 1)
+            _log.info("%s %s: %d pairs tokenized", corpus.name, report.split, line - 1)
     if line - 1 != report.pairs:
         raise _changed(corpus, report)
     if not report.stored:

@@ -23,7 +23,7 @@ from tfm.data.corpus import Corpus, CorpusSpec, RawPair
 
 _READ = 4096  # records read at once
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def data_dir() -> str:
@@ -96,7 +96,7 @@ class TfdsCorpus(Corpus):
         return f'python -c "{code}"'
 
     def _prepare(self, builder: Any) -> None:
-        log.info("%s is not in %s: downloading and preparing it as array_record", self.name, self._data_dir)
+        _log.info("%s is not in %s: downloading and preparing it as array_record", self.name, self._data_dir)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where TFDS tells of its progress
                 builder.download_and_prepare(file_format="array_record")

@@ -34,7 +34,7 @@ _BYTES = 256
 _LEADING_TAG = re.compile(r"(<[^\s<>]+>) ?")
 _THREADS = 16  # of training: fixed, since the order of its float sums, and so the pieces, depend on their number
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -233,7 +233,7 @@ def train_tokenizer(
         raise _training_error(error, vocab_size) from error
     tokenizer = Tokenizer(output.getvalue())
     if tokenizer.vocab_size < vocab_size:
-        log.warning(
+        _log.warning(
             "data.vocab_size=%d is more than this corpus can fill: the vocabulary has %d pieces",
             vocab_size,
             tokenizer.vocab_size,

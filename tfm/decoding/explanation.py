@@ -142,7 +142,6 @@ def draw(explanation: Explanation, path: Path, attention: Attention = "cross", l
 
     Raises InputError where it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     weights_NHQK = explanation.weights(attention)
@@ -152,7 +151,6 @@ def draw(explanation: Explanation, path: Path, attention: Attention = "cross", l
     rows = -(-len(panels) // columns)
     size = (columns * (_CELL * len(keys) + _MARGIN), rows * (_CELL * len(queries) + _MARGIN))
     figure = Figure(figsize=size, layout="constrained", dpi=100 * min(1.0, _LONGEST / max(size)))
-    FigureCanvasAgg(figure)
     names = dict(fontsize=8, parse_math=False)  # a $ in a token begins no formula
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)

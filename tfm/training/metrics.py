@@ -1,4 +1,4 @@
-"""Where numbers go: a line of JSON an event, TensorBoard, a progress bar or log lines, and learning curves.
+"""Where numbers go: a line of JSON an event, TensorBoard, a progress bar or log lines, and `curves.draw_curves`.
 
 An event is a dictionary with `step` and `kind` ("train", "validation", …); the rest are floats. `metrics.jsonl` is the
 record, the others are views of it. Loss and nll are in nats per target token, perplexity is exp(nll), BLEU and chrF run
@@ -21,19 +21,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tfm.config import InputError
+from tfm.training.curves import draw_curves
 
 if TYPE_CHECKING:
     from tfm.files import AnyPath
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 PICTURE_NAME = "curves.png"
 SECONDS_BETWEEN_LOG_LINES = 30.0
 SECONDS_BETWEEN_FLUSHES = 10.0  # of TensorBoard's file, each of which waits for the disk
-
-# Okabe and Ito's colours, which can be told apart with any colour vision.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 
 
 class MetricsWriter:
@@ -136,7 +134,7 @@ class MetricsWriter:
 
     def _draw(self) -> None:
         with _naming(self.picture):
-            draw_curves(self.path, self.picture)
+            draw_curves(read_events(self.path), self.picture)
 
     def _show(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
         if kind == "train" and self._bar is not None:
@@ -148,9 +146,9 @@ class MetricsWriter:
             return
         if kind == "train":
             self._last_log_line = now
-            log.info("step %d of %d: %s", step, self._total_steps, _summary(numbers))
+            _log.info("step %d of %d: %s", step, self._total_steps, _summary(numbers))
         else:
-            log.info("step %d of %d, %s: %s", step, self._total_steps, kind, _summary(numbers))
+            _log.info("step %d of %d, %s: %s", step, self._total_steps, kind, _summary(numbers))
 
 
 class _TensorBoard:
@@ -209,63 +207,6 @@ def read_events(path: AnyPath) -> Iterator[dict[str, Any]]:
             raise InputError(f"{path}:{number}: not an event of tfm: expected JSON with step and kind")
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draws the learning curves in `metrics` (metrics.jsonl) as a PNG, which replaces the old one when it is whole.
-
-    Raises InputError naming the line of `metrics` that holds no event, and OSError.
-    """
-    # Without pyplot: no display, no global state, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    curves: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
-    for event in read_events(metrics):
-        for name, value in event.items():
-            if name not in ("step", "kind") and value is not None:
-                steps, values = curves.setdefault((event["kind"], name), ([], []))
-                steps.append(event["step"])
-                values.append(value)
-
-    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    loss, score, rate = figure.subplots(1, 3)
-    _line(loss, curves, "train", "loss", _GREY, "training, smoothed labels", linewidth=1)
-    _line(loss, curves, "train", "nll", _BLUE, "training", linewidth=1)
-    _line(loss, curves, "validation", "nll", _ORANGE, "validation", marker="o")
-    _finish(loss, "Loss", "nats per target token")
-    _line(score, curves, "validation", "bleu", _BLUE, "BLEU", marker="o")
-    _line(score, curves, "validation", "chrf", _GREEN, "chrF", marker="s", linestyle="--")
-    _finish(score, "Validation translations", "score, 0 to 100")
-    score.set_ylim(bottom=0)
-    _line(rate, curves, "train", "learning_rate", _BLUE, "learning rate")
-    _finish(rate, "Learning rate", "per update")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-
-    unfinished = picture.with_name(f".{picture.name}.{os.getpid()}")
-    try:
-        figure.savefig(unfinished, format="png")
-        os.replace(unfinished, picture)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _line(axes: Any, curves: Mapping[Any, Any], kind: str, name: str, color: str, label: str, **style: Any) -> None:
-    if (kind, name) in curves:
-        axes.plot(*curves[kind, name], color=color, label=label, markersize=4, **style)
-
-
-def _finish(axes: Any, title: str, unit: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("step (update)")
-    axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False)
-    else:
-        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=_GREY)
-
-
 def finite(value: Any) -> Any:
     """A number, or lists and dictionaries of them, with null in the place of NaN and infinity, which JSON has not."""
     if isinstance(value, Mapping):
@@ -299,7 +240,7 @@ def _cut_torn_line(path: Path) -> None:
         content = file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            log.warning("%s: its last line was cut short (%d bytes); it is dropped", path, len(content) - whole)
+            _log.warning("%s: its last line was cut short (%d bytes); it is dropped", path, len(content) - whole)
             file.truncate(whole)
 
 
