@@ -126,7 +126,7 @@ def _logged(config: Config, workdir: Path, part: int, steps: int) -> float:
     with contextlib.redirect_stderr(None):
         train(dataclasses.replace(config, training=dataclasses.replace(config.training, **changed)), workdir)
     lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n")[:-1])
-    rates = [line["steps_per_second"] for line in lines if line["kind"] == "train"]
+    rates = [line["steps_per_second"] for line in lines if "steps_per_second" in line]
     return statistics.median(1 / rate for rate in rates[-(steps // _IN_AN_INTERVAL) :])
 
 

@@ -76,6 +76,13 @@ def test_an_epsilon_is_more_than_nothing_in_float32():
     assert refusal(optimizer__epsilon=0) == "optimizer.epsilon=0: must be at least 1e-30"
 
 
+@pytest.mark.parametrize("value", [float("inf"), 1e39])
+def test_what_float32_cannot_hold_is_refused(value):
+    """The parameters would be infinite, and the checkpoint called good."""
+    expected = f"optimizer.learning_rate={value}: must be a number that float32 can hold"
+    assert refusal(optimizer__learning_rate=value) == expected
+
+
 @pytest.mark.parametrize("name", NOT_NEGATIVE)
 def test_what_may_be_zero_may_not_be_negative(name):
     assert refusal(**keyword(name, -1)) == f"{name}=-1: must be at least 0"

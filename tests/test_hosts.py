@@ -1,6 +1,7 @@
 """One host alone, for which all of it is a no-op; several of them are in test_processes.py."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -103,6 +104,29 @@ def test_the_only_host_of_a_cluster_ends_as_any_program(what, status, said):
         process.communicate()
     assert process.returncode == status
     assert errors.endswith(said) and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (InputError("no such\n thing"), 2, "tfm: error: host 1: no such thing\n"),
+        (KeyboardInterrupt(), 130, "tfm: host 1: interrupted\n"),
+        (ValueError("a defect"), 1, ""),
+    ],
+)
+def test_one_of_several_hosts_ends_at_once_with_the_status_of_its_error(error, status, said, monkeypatch, capsys):
+    """Without Python's way out, which would wait for the others."""
+
+    def leave(number: int) -> None:
+        raise SystemExit(number)
+
+    for name, value in {"_start": True, "count": 2, "index": 1, "_let_others_end": []}.items():
+        monkeypatch.setattr(hosts, name, lambda *_, value=value: value)
+    monkeypatch.setattr(hosts, "_refuse_different_hosts", lambda config: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left, hosts.together(Config()):
+        raise error
+    assert left.value.code == status and capsys.readouterr().err == said
 
 
 def test_the_hash_is_that_of_the_files_of_the_package():

@@ -20,6 +20,7 @@ from tfm.config import (
 )
 
 AVERAGE = re.compile(r"(last|best)(?::([1-9][0-9]*))?")  # of checkpoints: the last N or the best N
+_LARGEST = 3.4e38  # that float32 has, about
 _LEAST_TEMPERATURE = 1e-6  # logits divided by less may no longer be float32 numbers
 
 
@@ -50,6 +51,8 @@ def check_ranges(config: Config) -> None:
                 raise ConfigError(f"{name}={value}: must be at least {low}")
             if value is not None and below is not None and not value < below:
                 raise ConfigError(f"{name}={value}: must be below {below}")
+            if isinstance(value, float) and not abs(value) <= _LARGEST:
+                raise ConfigError(f"{name}={value}: must be a number that float32 can hold")
 
 
 def expected(kind: Any) -> str:

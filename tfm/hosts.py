@@ -59,8 +59,8 @@ def together(config: Config) -> Iterator[None]:
     TPU pods, SLURM, Open MPI and Kubernetes are found out by JAX; elsewhere `hosts.coordinator`, `hosts.count` and
     `hosts.index` say it, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    A host on which anything fails ends at once, with status 2 for an InputError and 1 otherwise, so that the others,
-    which wait for it, notice.
+    A host on which anything fails ends at once, so that the others, which wait for it, notice: with status 2 for an
+    InputError, 130 for Ctrl-C, and 1 otherwise.
 
     Raises:
       ConfigError: options that don't make a program, or hosts whose configs or code differ.
@@ -83,6 +83,8 @@ def together(config: Config) -> Iterator[None]:
         # Python's way out would wait for the others at a barrier, and they wait for this host in the middle of a step.
         if isinstance(error, InputError):
             print(f"tfm: error: host {index()}: {' '.join(str(error).split())}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"tfm: host {index()}: interrupted", file=sys.stderr)
         else:
             _log.critical(
                 "host %d of %d ends; if another has ended before, look there first", index(), count(), exc_info=error
@@ -94,7 +96,7 @@ def together(config: Config) -> Iterator[None]:
             named = ", ".join(map(str, silent[:10])) + (" and more" if len(silent) > 10 else "")
             _log.critical("no last word of host %s: dead, or still waiting for the others", named)
             sys.stderr.flush()
-        os._exit(2 if isinstance(error, InputError) else 1)
+        os._exit(2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
     jax.distributed.shutdown()
 
 

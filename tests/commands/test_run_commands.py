@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,29 @@ ODD_LINES = [
     b"white " * 400,  # longer than any bucket
     b"black white",
 ]
+
+
+@pytest.mark.parametrize(
+    ("command", "then"),
+    [
+        (["train", "--workdir=RUN"], "tfm.hosts.together"),
+        (["benchmark", "train"], "tfm.hosts.together"),
+        (["demo", "--workdir=RUN"], "tfm.data.demo_corpus.explained"),
+    ],
+)
+def test_deterministic_kernels_are_asked_for_before_any_device(command, then, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # to be put back
+    monkeypatch.setattr(then, reached)
+    for asked in (False, True):
+        with pytest.raises(Reached):
+            main([word.replace("RUN", str(tmp_path)) for word in command] + [f"--training.deterministic={asked}"])
+        assert ("--xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"].split()) == asked
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Batches: what stands in a packed row, the same for every way of asking, on NumPy and on the mesh."""
 
+import dataclasses
 import logging
 import threading
 import time
@@ -260,20 +261,32 @@ def test_validation_holds_every_pair_once_and_drops_none(longest):
     batches = validation_batches(Store(*tables), "validation", _config())
     longer = max(max(table.sides["source"].max(initial=0), table.sides["target"].max(initial=0)) for table in tables)
     assert batches.source_length == (32 if longer <= 32 else 128)
+    rows = 8 if longer <= 32 else 1  # attention takes as much memory as in training, at most
     pairs = sides = 0
     for k in range(len(batches)):
         batch = batches.host_batch(k)
-        assert batch.source_tokens.shape == (8, batches.source_length)
-        assert batch.target_inputs.shape == (8, batches.target_length)
+        assert batch.source_tokens.shape == (rows, batches.source_length)
+        assert batch.target_inputs.shape == (rows, batches.target_length)
         assert np.array_equal(batch.source_segments.max(axis=1), batch.target_segments.max(axis=1))
         pairs += (batch.target_outputs == EOS).sum()
         sides += np.array([(batch.source_segments > 0).sum(), (batch.target_segments > 0).sum()])
     assert pairs == 121
     assert sides.tolist() == [sum(table.sides[side].sum() for table in tables) for side in ("source", "target")]
     assert [k for k, _ in batches.read_ahead(0, len(batches))] == list(range(len(batches)))
-    assert (batch.source_segments.max(axis=1) == 0).any()  # the last batch is filled up with empty rows
+    assert rows == 1 or (batch.source_segments.max(axis=1) == 0).any()  # the last batch is filled up with empty rows
     with pytest.raises(IndexError):
         batches.host_batch(len(batches))
+
+
+def test_a_validation_batch_is_no_larger_than_a_part_of_training_s():
+    whole = _config()
+    parts = dataclasses.replace(whole, training=dataclasses.replace(whole.training, gradient_accumulation=4))
+    pairs = []
+    for config, shards, rows in ((whole, 1, 8), (whole, 4, 8), (parts, 1, 2), (parts, 2, 2), (parts, 4, 4)):
+        batches = validation_batches(Store(Table(90)), "validation", config, shards)
+        assert batches.rows_per_batch == rows
+        pairs.append(sum((batches.host_batch(k).target_outputs == EOS).sum() for k in range(len(batches))))
+    assert pairs == [90] * 5
 
 
 def test_no_pair_to_validate_on_is_refused():

@@ -106,6 +106,21 @@ def test_early_stopping_and_the_same_command_again(tiny_config, tmp_path, quiet_
     assert "the run ends early" in caplog.text and logged(tmp_path / "run")[-1]["step"] == 8
 
 
+def test_of_losses_the_lowest_is_the_best(tiny_config, tmp_path, monkeypatch):
+    """And one that is not finite is the worst, for early stopping as well."""
+    losses = [3.0, float("nan"), 1.0, 2.0, float("nan"), 0.5]
+    monkeypatch.setattr(Run, "_scores", lambda run: {"loss": losses.pop(0), "bleu": float(len(losses))})
+    config = tiny_config(
+        {
+            **{"training.steps": 50, "training.evaluate_every": 2, "training.early_stopping": 2},
+            **{"training.best_metric": "loss", "training.keep_last": 5},
+        }
+    )
+    assert train(config, tmp_path / "run") == 0
+    assert [event["loss"] for event in logged(tmp_path / "run", "validation")] == [3, None, 1, 2, None]
+    assert best_and_kept(tmp_path / "run") == ([6, 8, 2], [2, 4, 6, 8, 10])
+
+
 def test_too_many_skipped_steps_end_the_run(tiny_config, tmp_path, caplog):
     config = tiny_config(
         {
@@ -156,6 +171,10 @@ def test_a_signal_at_the_last_step_does_not_cost_its_evaluation(tiny_config, tmp
     assert [(event["step"], event["bleu"]) for event in logged(tmp_path / "run", "validation")] == [(2, 7)]
     assert train(config, tmp_path / "run") == 0  # once
     assert len(logged(tmp_path / "run", "validation")) == 1
+
+
+def count_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def best_and_kept(workdir: Path) -> tuple[list[int], list[int]]:
@@ -267,6 +286,24 @@ def test_a_corpus_smaller_than_a_batch_trains_with_a_warning(finished):
     assert validation["perplexity"] == pytest.approx(np.exp(validation["nll"]))
 
 
+def test_validation_is_of_the_averaged_parameters(finished, tmp_path):
+    """Also its loss, over all pairs; and their copy for translating is given back, or the next step would lack room."""
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    with ExitStack() as stack:
+        run = Run(RunDirectory.open(workdir).config, RunDirectory.open(workdir), stack)
+        with jax.set_mesh(run.mesh):
+            losses = {}
+            for name in ("parameters", "ema"):
+                batch = run.validation.global_batch(0, loop.sharding.batch_sharding(run.mesh))
+                sums = run.trainer.evaluation_step(getattr(run.state, name), batch)
+                losses[name] = float(sums.loss) / float(sums.tokens)
+            [validation] = logged(workdir, "validation")
+            assert validation["loss"] == pytest.approx(losses["ema"]) != pytest.approx(losses["parameters"])
+            before = sum(x.nbytes for x in jax.live_arrays())
+            assert run._scores()["loss"] == validation["loss"]
+            assert sum(x.nbytes for x in jax.live_arrays()) - before < count_bytes(run.state.ema) / 2
+
+
 def test_a_directory_with_a_run_of_another_config_is_refused(finished, tmp_path):
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))
     files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -300,6 +337,18 @@ def test_another_tokenizer_than_that_of_the_run_started_from_is_refused(finished
     loop.prepare(tiny_config(), tmp_path / "store")  # with a tokenizer of its own
     with pytest.raises(InputError, match=r"store: holds a token store prepared otherwise \(data.tokenizer="):
         train(config, tmp_path / "other")
+
+
+def test_another_activation_than_that_of_the_run_started_from_is_refused(finished, tiny_config, tmp_path):
+    """All else of a model shows in the shapes of its parameters."""
+    config = tiny_config({"training.initialize_from": str(finished), "model.activation": "gelu"})
+    with pytest.raises(InputError, match=r"was trained with model.activation=relu, and this run has gelu"):
+        train(config, tmp_path / "run")
+
+
+def test_a_beam_of_validation_that_is_too_large_is_named(tiny_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"training.evaluate_beam_size=2000 is more than the \d+ tokens"):
+        train(tiny_config({"training.evaluate_beam_size": 2000}), tmp_path / "run")
 
 
 def test_a_tokenizer_that_was_brought_along_may_be_moved_once_the_run_has_it(finished, tiny_config, tmp_path):

@@ -82,7 +82,14 @@ def test_a_torn_last_line_is_cut_before_the_next_is_added(tmp_path, caplog):
     assert "cut short (10 bytes)" in caplog.text
 
 
-@pytest.mark.parametrize("line", [b"nonsense", b"[1, 2]", b'{"kind": "train"}'])
+def test_an_object_that_is_no_event_is_passed_over(tmp_path):
+    """Someone's note, which a resumed run keeps."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"note": "a colder room"}\n{"step": 1, "kind": "train"}\n{"kind": "train"}\n')
+    assert list(read_events(path)) == [{"step": 1, "kind": "train"}]
+
+
+@pytest.mark.parametrize("line", [b"nonsense", b"[1, 2]"])
 def test_a_line_that_is_no_event_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "kind": "train"}\n' + line + b"\n")

@@ -1,5 +1,6 @@
 """Signals only ask while the context lasts, and are what they were before after it."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -24,6 +25,26 @@ def test_a_second_ctrl_c_is_not_waited_out():
     with pytest.raises(KeyboardInterrupt), stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As Ctrl-C is by what a script starts with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_ends_at_once_is_no_error_to_go_on_after():
+    """As JAX does, whatever goes wrong with its cache of compiled programs."""
+    with stop_signals() as stop, pytest.raises(Stopped), stop.at_once():
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was taken for an error")
 
 
 def test_what_can_wait_ends_at_once():

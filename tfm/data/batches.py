@@ -7,6 +7,7 @@ row, and then both build it. There is no state to save: the loop's step number i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -202,11 +203,12 @@ class _Numbered:
 class ValidationBatches(_Batches):
     """Every pair of some tables exactly once, packed; the last batch ends in empty rows. The same on every host.
 
-    Rows are as long as training's, or, if a pair is longer than that, as the longest pair: nothing is ever dropped.
+    Rows are as long as training's, or, if a pair is longer than that, as the longest pair: nothing is ever dropped. A
+    batch has so many rows that it takes no more memory than a part of training's, of `training.gradient_accumulation`.
     """
 
-    def __init__(self, tables: Sequence[Table], config: Config):
-        """Raises InputError when there is no pair."""
+    def __init__(self, tables: Sequence[Table], config: Config, shards: int):
+        """The number of rows is a multiple of `shards`. Raises InputError when there is no pair."""
         # Pairs lie in corpus order, where neighbours may be of like length; packing wants them mixed.
         numbers = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables])
         if not len(numbers):
@@ -218,6 +220,9 @@ class ValidationBatches(_Batches):
         source_length = _row_length(config.data.source_row_length, int(source.max()))
         target_length = _row_length(config.data.target_row_length, int(target.max()))
         super().__init__(tables, config, source_length, target_length)
+        longer = max(source_length / config.data.source_row_length, target_length / config.data.target_row_length)
+        parts = config.training.gradient_accumulation * math.ceil(longer**2)  # attention grows with the square
+        self.rows_per_batch = shards * max(1, config.rows_per_batch // shards // parts)
         self._packed = Rows.grouped(*pack(source, target, source_length, target_length), numbers, pairs)
 
     def __len__(self) -> int:
@@ -229,9 +234,9 @@ class ValidationBatches(_Batches):
         return self._packed.take(np.arange(batch * self.rows_per_batch, (batch + 1) * self.rows_per_batch))
 
 
-def validation_batches(store: Store, split: str, config: Config) -> ValidationBatches:
-    """The validation batches of a split; corpus weights play no part."""
-    return ValidationBatches(store.tables(split), config)
+def validation_batches(store: Store, split: str, config: Config, shards: int = 1) -> ValidationBatches:
+    """The validation batches of a split, for a mesh with so many batch shards; corpus weights play no part."""
+    return ValidationBatches(store.tables(split), config, shards)
 
 
 def _row_length(configured: int, longest: int) -> int:

@@ -54,10 +54,10 @@ class Rows(NamedTuple):
     target_BT: Any = None  # int32, or None; given translations, each ending in EOS
 
 
-def check_beam(beams: int, vocab_size: int, banned: Sequence[int]) -> None:
-    """Raises ConfigError at a beam of more hypotheses than there are tokens that are not banned."""
+def check_beam(beams: int, vocab_size: int, banned: Sequence[int], field: str = "decoding.beam_size") -> None:
+    """Raises ConfigError, naming the field, at a beam of more hypotheses than there are tokens that are not banned."""
     if beams > (most := vocab_size - len(banned)):
-        raise ConfigError(f"decoding.beam_size={beams} is more than the {most} tokens that can be generated: lower it")
+        raise ConfigError(f"{field}={beams} is more than the {most} tokens that can be generated: lower it")
 
 
 class Decoder:
@@ -121,7 +121,12 @@ class Decoder:
 
     def set_parameters(self, *parameters: Any) -> None:
         """Takes over the parameters of training, of each model: cut into layers, in the compute dtype, laid out."""
+        self._parameters = None  # before there are new ones: two copies may be too many
         self._parameters = self._lay_out(parameters)
+
+    def drop_parameters(self) -> None:
+        """Gives back the memory of the parameters that were taken over."""
+        self._parameters = None
 
     def _laid_out(self, parameters: tuple[Any, ...]) -> tuple[Any, ...]:
         def cast(dtype: jnp.dtype, path: Any, leaf: jax.Array) -> jax.Array:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,15 @@ class Translator:
         """Parameters as training has them, of each model."""
         self.decoder.set_parameters(*parameters)
 
+    @contextlib.contextmanager
+    def with_parameters(self, *parameters: Any) -> Iterator[None]:
+        """Parameters as training has them, of each model, whose copy for decoding is given back at the end."""
+        self.set_parameters(*parameters)
+        try:
+            yield
+        finally:
+            self.decoder.drop_parameters()
+
     def translate(self, lines: Iterable[str], prefixes: Iterable[str] | None = None) -> list[Translation]:
         """One translation for each line, in their order; that of an empty or blank line is empty.
 
@@ -137,7 +146,7 @@ class Translator:
             pairs = ((line, "") for line in lines)
         # What begins with a prefix may well go on for longer than its source lets expect.
         shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
-        with closing(Windows(pairs, WINDOW_LINES, patience())) as windows:
+        with contextlib.closing(Windows(pairs, WINDOW_LINES, patience())) as windows:
             before: tuple[_Window, list[_Started]] | None = None
             while before is not None or not windows.ended:
                 window, refused = self._window(windows.take(wait=before is None), first, has_prefixes)

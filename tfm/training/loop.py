@@ -20,6 +20,7 @@ from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncat
 from tfm.config import Config, InputError
 from tfm.data.batches import Batch, TrainBatches, validation_batches
 from tfm.data.store import TokenStore, open_store, prepare, store_directory
+from tfm.decoding.decoder import check_beam
 from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
@@ -32,6 +33,11 @@ from tfm.watchdog import Watchdog
 _log = logging.getLogger(__name__)
 
 Scores = dict[str, float]
+
+_VALIDATING = (
+    "a batch of validation pairs",
+    "raise training.gradient_accumulation, or take the longest pairs out of data.validation_split",
+)
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> int:
@@ -65,8 +71,11 @@ class Run:
         self.trainer = trainer_of(config, store.tokenizer.vocab_size, mesh)
         self.model = self.trainer.model
         self.batches = TrainBatches(store, config.data.train_split, config)
-        self.validation = validation_batches(store, config.data.validation_split, config)
+        shards = sharding.batch_shards(mesh)
+        self.validation = validation_batches(store, config.data.validation_split, config, shards)
         self.validation_text = store.text(config.data.validation_split, config.training.evaluate_sentences)
+        banned = store.tokenizer.banned_ids
+        check_beam(config.training.evaluate_beam_size, self.model.vocab_size, banned, "training.evaluate_beam_size")
         self.translator = Translator([self.model], mesh, store.tokenizer, config.validation_decoding, scores=False)
         self.checkpointer = stack.enter_context(
             Checkpointer(
@@ -172,17 +181,16 @@ class Run:
     def _scores(self) -> Scores:
         """Loss over the whole validation split, BLEU and chrF over some of it, of the averaged parameters."""
         parameters = self.state.averaged()
-        sums = [
-            self.trainer.evaluation_step(
-                parameters, self.validation.global_batch(i, sharding.batch_sharding(self.mesh))
-            )
-            for i in range(len(self.validation))
-        ]
-        loss, nll, tokens = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
+        rows = sharding.batch_sharding(self.mesh)
+        with device_memory.explained(*_VALIDATING):
+            sums = [
+                self.trainer.evaluation_step(parameters, self.validation.global_batch(i, rows))
+                for i in range(len(self.validation))
+            ]
+            loss, nll, tokens = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
         scores = {"loss": loss / tokens, "nll": nll / tokens, "perplexity": perplexity(nll / tokens)}
-        self.translator.set_parameters(parameters)
         sources, references = zip(*self.validation_text, strict=True)
-        with device_memory.explained(*device_memory.TRANSLATING):
+        with device_memory.explained(*device_memory.TRANSLATING), self.translator.with_parameters(parameters):
             hypotheses = [translation.text for translation in self.translator.translate(sources)]
         return scores | {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
 
@@ -249,10 +257,10 @@ class Run:
         if not patience:
             return False
         sign = -1.0 if name == "loss" else 1.0
-        values = [
-            sign * event[name]
+        values = [  # a metric that was not finite is null there, and the worst
+            -math.inf if event.get(name) is None else sign * event[name]
             for event in self._logged()
-            if event.get("kind") == "validation" and event.get(name) is not None
+            if event["kind"] == "validation"
         ]
         since_best = hosts.agreed(len(values) - 1 - values.index(max(values)) if values else 0)
         if since_best >= patience:
@@ -270,6 +278,11 @@ def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None
     initial = RunDirectory.open(path)
     if not CheckpointReader(initial).steps():  # said before a corpus is prepared for hours
         raise InputError(f"training.initialize_from={path}: holds no finished checkpoint: train that run first")
+    if (there := initial.config.model.activation) != config.model.activation:  # of parameters alike in all else
+        raise InputError(
+            f"training.initialize_from={path}: was trained with model.activation={there}, and this run has "
+            f"{config.model.activation}: set it to that"
+        )
     return initial
 
 

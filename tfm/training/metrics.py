@@ -190,7 +190,8 @@ class _TensorBoard:
 def read_events(path: AnyPath) -> Iterator[dict[str, Any]]:
     """The events of a `metrics.jsonl`, in order; null stands for a number that was not finite.
 
-    Raises InputError naming the file and the line that holds no event.
+    Objects without `step` and `kind`, as someone may have added, are passed over. Raises InputError naming the file and
+    the line that holds no object.
     """
     with _naming(path, "read"):
         lines = path.read_bytes().split(b"\n")
@@ -201,8 +202,9 @@ def read_events(path: AnyPath) -> Iterator[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             event = None
-        if isinstance(event, dict) and {"step", "kind"} <= event.keys():
-            yield event
+        if isinstance(event, dict):
+            if {"step", "kind"} <= event.keys():
+                yield event
         elif number < len(lines):  # the last one, without its line end, is from a run that was killed while it wrote
             raise InputError(f"{path}:{number}: not an event of tfm: expected JSON with step and kind")
 

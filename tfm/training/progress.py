@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, writer: MetricsWriter | None, config: Config, last_checkpoint: Callable[[], str]):
         self.writer, self.config, self.last_checkpoint = writer, config, last_checkpoint
-        self._is_first = True
+        self._is_first = True  # the first step waits for the compiler, and has no rate
         self._start_interval()
 
     def record(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -41,21 +41,13 @@ class Progress:
         if skipped_in_a_row:
             _log.warning("step %d: the loss or its gradient is not finite; the update was skipped", step)
         if step % self.config.training.log_every == 0 and self.writer is not None:
-            seconds = max(time.perf_counter() - self._started, 1e-9)
+            rates = {} if self._is_first else self._rates()
             self.writer.write(
-                {
-                    "step": step,
-                    "kind": "train",
-                    **numbers,
-                    "perplexity": perplexity(numbers["nll"]),
-                    "source_tokens_per_second": self._source_tokens / seconds,
-                    "target_tokens_per_second": self._target_tokens / seconds,
-                    "steps_per_second": self._steps / seconds,
-                }
+                {"step": step, "kind": "train", **numbers, "perplexity": perplexity(numbers["nll"]), **rates}
             )
             self._start_interval()
         elif self._is_first:
-            self._start_interval()  # compiling is no training
+            self._start_interval()
         self._is_first = False
         if skipped_in_a_row >= self.config.training.max_skipped_steps:
             raise TrainingDiverged(
@@ -70,6 +62,14 @@ class Progress:
         start = time.perf_counter()
         yield
         self._started += time.perf_counter() - start
+
+    def _rates(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        return {
+            "source_tokens_per_second": self._source_tokens / seconds,
+            "target_tokens_per_second": self._target_tokens / seconds,
+            "steps_per_second": self._steps / seconds,
+        }
 
     def _start_interval(self) -> None:
         self._started = time.perf_counter()

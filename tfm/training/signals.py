@@ -17,8 +17,8 @@ from tfm import hosts
 _log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):
-    """What was being done when a signal came is to be left as it is."""
+class Stopped(BaseException):
+    """What was being done when a signal came is to be left as it is. No library takes it for an error and goes on."""
 
 
 class StopRequest:
@@ -69,7 +69,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """While it lasts, SIGTERM and Ctrl-C only ask."""
+    """While it lasts, SIGTERM and Ctrl-C only ask; one that is ignored, as Ctrl-C is by what `&` starts, stays so."""
     stop = StopRequest()
     if hosts.count() > 1:  # Ctrl-C ends the host, and then the others
         hosts.heed_sigterm()
@@ -78,7 +78,8 @@ def stop_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield stop
     finally:

@@ -244,8 +244,10 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     shards = sharding.batch_shards(mesh)
     if rows % (shards * parts):
         fits = max(rows // (shards * parts), 1) * shards * parts * length
+        others = [str(n) for n in range(1, rows // shards + 1) if rows % (shards * n) == 0]
+        fewer = f", or training.gradient_accumulation={' or '.join(others)}" if others else ""
         raise ConfigError(
             f"training.target_tokens_per_batch={config.training.target_tokens_per_batch} makes {rows} rows of "
             f"data.target_row_length={length}, which do not divide over mesh.data x mesh.fsdp = {shards} shards and "
-            f"training.gradient_accumulation={parts}: use {fits} or {fits + shards * parts * length} tokens"
+            f"training.gradient_accumulation={parts}: use {fits} or {fits + shards * parts * length} tokens{fewer}"
         )
