@@ -13,7 +13,7 @@ import pytest
 from tfm.config import ConfigError, DecodingConfig, MeshConfig, ModelConfig
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
 from tfm.decoding import decoder as module
-from tfm.decoding.decoder import Bucket, Decoder, Rows, bucket_of
+from tfm.decoding.decoder import Bucket, Decoder, Sentences, bucket_of
 from tfm.hlo.program import Program
 from tfm.model.attention import Tokens
 from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack, unstack_axes
@@ -306,7 +306,7 @@ def test_on_a_slice_of_tpus_nothing_is_said_either_and_the_cache_is_updated_in_p
         decoder._shardings,
     )
     bucket = decoder.buckets[-1]
-    rows = Rows(np.zeros((bucket.rows, bucket.length), np.int32))
+    rows = Sentences(np.zeros((bucket.rows, bucket.length), np.int32))
     text = decoder._program(partial(decoder._search, bucket), "search", bucket, rows).as_text()
     assert "while(" in text and not re.search(COLLECTIVES, text)
     cache = rf"\w+\[{bucket.rows // 16},{MODEL.config.num_heads},{bucket.room * BEAM.beam_size},\d+\]"

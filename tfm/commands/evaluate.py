@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
     """Translates and scores; `stack` closes what is opened to write."""
     from tfm import hosts
-    from tfm.decoding.scores import corpus_scores, tokenised_bleu
+    from tfm.decoding.bleu import corpus_scores, tokenised_bleu
     from tfm.decoding.translator import Translator
 
     sources, references = _pairs(arguments, config)

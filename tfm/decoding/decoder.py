@@ -45,7 +45,7 @@ class Bucket(NamedTuple):
     gives_up: bool = False  # on sentences that go on for longer than usual
 
 
-class Rows(NamedTuple):
+class Sentences(NamedTuple):
     """A batch of sentences, one a row; a row of padding alone fills the batch up."""
 
     source_BS: Any  # int32, each sentence ending in EOS
@@ -156,16 +156,16 @@ class Decoder:
 
     def _rows(
         self, bucket: Bucket, sentences: Sequence[Sequence[int]], draws: Sequence[tuple[int, int]] | None = None
-    ) -> Rows:
+    ) -> Sentences:
         source_BS = _filled((bucket.rows, bucket.length), sentences, PAD)
         if not self.config.sampling:
-            return Rows(source_BS)
+            return Sentences(source_BS)
         draw_B2 = np.zeros((bucket.rows, 2), np.uint32)
         if draws is None:
             draw_B2[:, 0] = np.arange(bucket.rows)
         else:
             draw_B2[: len(sentences)] = np.reshape(draws, (-1, 2))
-        return Rows(source_BS, draw_B2=draw_B2)
+        return Sentences(source_BS, draw_B2=draw_B2)
 
     def search_program(self, bucket: Bucket) -> jax.stages.Compiled:
         """The compiled program that `decode` runs in a bucket without prefixes."""
@@ -174,14 +174,14 @@ class Decoder:
     def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
         """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""
         shape = (bucket.rows, bucket.length)
-        rows = Rows(_filled(shape, sources, PAD), target_BT=_filled(shape, targets, PAD))
+        rows = Sentences(_filled(shape, sources, PAD), target_BT=_filled(shape, targets, PAD))
         return self._run(self._score, "score", bucket, rows)
 
-    def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
+    def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Sentences) -> Any:
         program = self._program(function, name, bucket, rows)
         return program(self._parameters, sharding.rows_on_mesh(rows, self.mesh))
 
-    def _program(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
+    def _program(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Sentences) -> Any:
         """The compiled function for rows of these shapes."""
         key = (name, bucket, rows.prefix_BT is None)
         if key not in self._compiled:
@@ -200,7 +200,7 @@ class Decoder:
             self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + times[-1] - times[0]
         return self._compiled[key]
 
-    def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
+    def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Sentences) -> search.Hypotheses:
         """The whole search for the rows that one device has."""
         c = self.config
         mask_BS = rows.source_BS != PAD
@@ -253,7 +253,7 @@ class Decoder:
             return jax.nn.logsumexp(log_probs, axis=0)
         return jnp.mean(log_probs, axis=0)
 
-    def _score(self, parameters: tuple[Any, ...], rows: Rows) -> jax.Array:
+    def _score(self, parameters: tuple[Any, ...], rows: Sentences) -> jax.Array:
         """Log-probabilities [B, T] for the rows that one device has."""
         target_BT, mask_BS = rows.target_BT, rows.source_BS != PAD
         inputs_BT = jnp.pad(target_BT, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
