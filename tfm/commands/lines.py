@@ -229,10 +229,15 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def refuse_standard_output(option: str, path: Path) -> None:
-    """Raises InputError where an option that needs a file was given `-`."""
-    if path == STANDARD_OUTPUT:
-        raise InputError(f"{option}=-: a picture is not written to standard output: name a .png file")
+def check_outputs(json_file: Path | None, picture: Path | None, what: str = "the picture") -> None:
+    """Raises InputError where --json or --picture cannot be written, or both are one file; `what` is drawn there."""
+    if picture == STANDARD_OUTPUT:
+        raise InputError("--picture=-: a picture is not written to standard output: name a .png file")
+    if picture is not None and picture == json_file:
+        raise InputError(f"--json={json_file}: {what} would overwrite it: name another")
+    for path in (json_file, picture):
+        if path is not None:
+            check_writable(path)
 
 
 def write_text(path: Path, text: str) -> None:
