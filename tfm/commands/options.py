@@ -39,14 +39,6 @@ class _Given:
         return " ".join([f"--{self.name}", *self.values])
 
 
-_ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
-_OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
-_SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
-_SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
-# Of which a device has nothing but rows, or a part of the heads.
-_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
-
-
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
     """The command's own arguments, and the validated config with its overrides.
 
@@ -66,24 +58,7 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
     given, wants_help = _read(command, argv, types_by_name)
     given = _together(given, types_by_name)
     for option in given:
-        if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
-            raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
-        if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
-            raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
-        if command == "benchmark decode" and option.name in _SET_BY_THE_BENCHMARK:
-            raise InputError(
-                f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"
-            )
-        if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
-            raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
-        if option.name.startswith("mesh."):
-            if command == "explain":
-                raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")
-            if command in _OVER_ALL_DEVICES and option.name != "mesh.tensor":
-                raise InputError(
-                    f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "
-                    "mesh.tensor: leave it out"
-                )
+        _refuse_without_effect(command, option, given)
     base = _base_config(command, arguments, {option.name: option.values for option in given}, wants_help)
     if not wants_help:
         _refuse_missing(command, arguments, given)
@@ -299,6 +274,36 @@ def _is_not_finite(value: str) -> bool:
 def _tokens(option: _Given) -> Iterator[str]:
     yield f"--{option.name}={option.values[0]}"
     yield from option.values[1:]
+
+
+_ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
+_OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+_SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
+_SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
+# Of which a device has nothing but rows, or a part of the heads.
+_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
+
+
+def _refuse_without_effect(command: str, option: _Given, given: Sequence[_Given]) -> None:
+    """Raises InputError at an option that the command would ignore, or that another one of those given overrides."""
+    if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
+        raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
+    if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
+        raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
+    if command == "benchmark decode" and option.name in _SET_BY_THE_BENCHMARK:
+        raise InputError(
+            f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"
+        )
+    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
+        raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
+    if option.name.startswith("mesh."):
+        if command == "explain":
+            raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")
+        if command in _OVER_ALL_DEVICES and option.name != "mesh.tensor":
+            raise InputError(
+                f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "
+                "mesh.tensor: leave it out"
+            )
 
 
 def _refuse_missing(command: str, arguments: type, given: Sequence[_Given]) -> None:
