@@ -45,15 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tfm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has had enough. What is still buffered must not be flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_buffered_output()  # whoever read it has had enough
         return 1
     except OSError as error:
         from tfm.checkpoint.run_directory import FULL
 
         if error.filename is not None or error.errno not in FULL:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_buffered_output()
         print(f"tfm: error: what was being written has no more room ({error.strerror}): free some", file=sys.stderr)
         return 2
 
@@ -106,8 +105,13 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_buffered_output()
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def _drop_buffered_output() -> None:
+    """What is still buffered must not be flushed at exit, into a pipe that nobody reads or onto a disk that is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -143,7 +147,7 @@ def _help() -> str:
 
 
 def _summary(command: str) -> str:
-    """First line of a command's docstring, read from its source: importing five commands would take longer."""
+    """First line of a command's docstring, read from its source: importing them all would take longer."""
     spec = importlib.util.find_spec(f"tfm.commands.{command}")
     if spec is None or spec.origin is None:
         return ""
