@@ -13,12 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from tfm.decoding.search import Cache, Hypotheses, Limits, StepFunction, prefix_at, run
+from tfm.decoding.translation import length_penalty
 from tfm.decoding.vocabulary import Vocabulary
-
-
-def length_penalty(length: jax.Array | float, alpha: float) -> jax.Array:
-    """((5 + length) / 6) ** alpha, the divisor of a log-probability: Wu et al. (2016), equation 14; the end counts."""
-    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +77,7 @@ def beam_search(
       bos, eos, banned: as for `search.greedy`.
     """
     batch, length = limits.most_B.shape[0], cache.length
-    longest_penalty_B = length_penalty(limits.most_B + 1, alpha)
+    longest_penalty_B = length_penalty(jnp.asarray(limits.most_B + 1, jnp.float32), alpha)
 
     def step(state: _Beams) -> _Beams:
         position = state.position
@@ -198,7 +194,8 @@ def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Ar
         jnp.broadcast_to(state.position, ended_BW.shape),
         jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), ended_BW.shape),
     )
-    scores = jnp.concatenate([state.scores_BR, ended_BW / length_penalty(state.position + 1, alpha)], axis=1)
+    penalty = length_penalty(jnp.asarray(state.position + 1, jnp.float32), alpha)
+    scores = jnp.concatenate([state.scores_BR, ended_BW / penalty], axis=1)
     scores_BR, chosen_BR = jax.lax.top_k(scores, state.scores_BR.shape[1])
     both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.found_BR, new)
     return scores_BR, jax.tree.map(lambda x: jnp.take_along_axis(x, chosen_BR, axis=1), both)
