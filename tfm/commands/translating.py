@@ -44,12 +44,12 @@ def translating(config: Config) -> Iterator[None]:
 
 def log_rate(translator: Translator, seconds: float) -> None:
     """What was done, how fast, and with how many compiled shapes."""
-    done, compiled = translator.statistics, translator.decoder.compile_seconds
+    done, compiled = translator.statistics, translator.decoder.compile_stages
     seconds = max(seconds, 1e-9)
     _log.info(
         "%s lines in %.1f s: %.1f lines/s, %.1f sentences/s, %.0f source and %.0f target tokens/s, "
         "%.1f %% of the source side padding, %.1f %% of the sentences decoded twice; %d shapes compiled in %.1f s",
         *(f"{done.lines:,}", seconds, done.lines / seconds, done.sentences / seconds, done.source_tokens / seconds),
         *(done.target_tokens / seconds, 100 * done.padding, 100 * done.again / max(done.sentences, 1)),
-        *(len(compiled), sum(compiled.values())),
+        *(len(compiled), sum(map(sum, compiled.values()))),
     )

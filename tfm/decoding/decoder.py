@@ -45,6 +45,9 @@ class Bucket(NamedTuple):
     gives_up: bool = False  # on sentences that go on for longer than usual
 
 
+_Program = tuple[str, Bucket, bool]  # "search" or "score", its shape, and whether translations begin freely
+
+
 class Sentences(NamedTuple):
     """A batch of sentences, one a row; a row of padding alone fills the batch up."""
 
@@ -101,11 +104,9 @@ class Decoder:
         ]
         ladder = _ladder(config, config.max_source_length + extra, shards)
         self.score_buckets = [Bucket(rows, length, length) for rows, length in ladder]
-        self.compile_seconds: dict[tuple[str, Bucket], float] = {}
-        self.compile_stages: dict[
-            tuple[str, Bucket], tuple[float, float, float]
-        ] = {}  # of the newest: trace, lower, compile
-        self._compiled: dict[Any, Any] = {}
+        self.compile_stages: dict[_Program, tuple[float, float, float]] = {}
+        """Seconds that tracing, lowering and compiling took."""
+        self._compiled: dict[_Program, jax.stages.Compiled] = {}
         self._parameters: Any = None
         boxed = [abstract_parameters(model) for model in self.models]
         padded_size = boxed[0]["target_embedding"]["table"].unbox().shape[0]
@@ -196,8 +197,7 @@ class Decoder:
                 times.append(time.perf_counter())
                 self._compiled[key] = lowered.compile()
             times.append(time.perf_counter())
-            self.compile_stages[name, bucket] = tuple(np.diff(times).tolist())
-            self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + times[-1] - times[0]
+            self.compile_stages[key] = tuple(np.diff(times).tolist())
         return self._compiled[key]
 
     def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Sentences) -> search.Hypotheses:
