@@ -83,8 +83,8 @@ def beam_search(
         position = state.position
         logits_BWV, inner = step_fn(state.last_BW, state.cache)
         vocabulary = Vocabulary(logits_BWV.shape[-1], eos, banned)
-        maxima_BWN = vocabulary.maxima(logits_BWV)
-        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
+        maxima_BWG = vocabulary.maxima(logits_BWV)
+        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWG)
         base_BW = state.log_probs_BW - rest_BW - peak_BW
 
         may_end_B1 = (position >= limits.least_B)[:, None]
@@ -94,8 +94,8 @@ def beam_search(
             ended_BW = jnp.where(forced_B1 >= 0, -jnp.inf, ended_BW)
         scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
 
-        log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWN, base_BW, beams)
-        best = _greedy_choice(state, vocabulary, logits_BWV, maxima_BWN, may_end_B1)
+        log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWG, base_BW, beams)
+        best = _greedy_choice(state, vocabulary, logits_BWV, maxima_BWG, may_end_B1)
         log_probs_BW, parents_BW, tokens_BW, greedy_B = _with_greedy(
             (log_probs_BW, parents_BW, tokens_BW), base_BW, state.greedy_B, *best
         )
@@ -144,12 +144,12 @@ def beam_search(
 
 
 def _greedy_choice(
-    state: _Beams, vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B1: jax.Array
+    state: _Beams, vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWG: jax.Array, may_end_B1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What greedy search goes on with on its beam: the logit and the token [B, 1]; -inf where it ends or has ended."""
     is_greedy_BW = jnp.arange(logits_BWV.shape[1])[None] == state.greedy_B[:, None]
     on_its_beam_BW = jnp.where(is_greedy_BW, 0.0, -jnp.inf)
-    logit_B1, _, token_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWN, on_its_beam_BW, 1)
+    logit_B1, _, token_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWG, on_its_beam_BW, 1)
     end_B1 = jnp.max(vocabulary.logits_of_end(logits_BWV) + on_its_beam_BW, axis=1, keepdims=True)
     ends_B1 = may_end_B1 & ((end_B1 > logit_B1) | ((end_B1 == logit_B1) & (vocabulary.eos < token_B1)))
     return jnp.where(ends_B1, -jnp.inf, logit_B1), token_B1
