@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import io
@@ -20,7 +19,7 @@ from typing import Any
 
 from tfm import __version__
 from tfm.allocator import keep_freed_memory
-from tfm.config import InputError
+from tfm.config import InputError, near
 
 _INSISTENCE = 0.3  # seconds between one Ctrl-C and the next
 
@@ -125,9 +124,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"tfm {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise InputError(f"{name}: no such command; {hint}")
+        hint = near(name, COMMANDS, otherwise=f"; there are {', '.join(COMMANDS)}")
+        raise InputError(f"{name}: no such command{hint}")
     _log_to_stderr()
     keep_freed_memory()  # before a command's libraries start threads
     return importlib.import_module(f"tfm.commands.{name}").main(rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from tfm.checkpoint.run_directory import at_home
 from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, write_text
 from tfm.commands.options import parse
 from tfm.commands.train import deterministic_where_asked
-from tfm.config import Config, InputError
+from tfm.config import Config, InputError, near
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +77,9 @@ def main(argv: list[str]) -> int:
         print(_USAGE)
         parse("benchmark train", ["--help"], TrainArguments)
     if not argv or argv[0] not in _KINDS:
-        near = difflib.get_close_matches(argv[0], _KINDS, n=1) if argv else []
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_KINDS)}, before all options"
-        raise InputError(f"{argv[0] if argv else 'tfm benchmark'}: says nothing to benchmark; {hint}")
+        expected = f"; expected one of {', '.join(_KINDS)}, before all options"
+        hint = near(argv[0], _KINDS, otherwise=expected) if argv else expected
+        raise InputError(f"{argv[0] if argv else 'tfm benchmark'}: says nothing to benchmark{hint}")
     if argv[0] == "compare":
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import math
@@ -20,7 +19,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tfm import config as tfm_config
 from tfm.checkpoint.run_directory import as_path, at_home
-from tfm.config import Config, ConfigError, InputError
+from tfm.config import Config, ConfigError, InputError, near
 from tfm.config_checks import check_types, expected
 
 Arguments = TypeVar("Arguments")
@@ -156,7 +155,7 @@ def _config_path(name: str) -> Path:
         if name in shipped:
             return shipped[name]
         raise InputError(
-            f"--config={name}: no shipped config of that name{_near(name, shipped)}; there are {', '.join(shipped)}, "
+            f"--config={name}: no shipped config of that name{near(name, shipped)}; there are {', '.join(shipped)}, "
             "or give the path of a .py file"
         )
     path = at_home(Path(name))
@@ -224,7 +223,7 @@ def _read(command: str, argv: Sequence[str], kinds: dict[str, Any]) -> tuple[lis
             typed, equals, value = token.removeprefix("--").partition("=")
             name = typed.replace("-", "_")
             if name not in kinds:
-                hint = _near(name, kinds, prefix="--") or f"; see tfm {command} --help"
+                hint = near(name, kinds, prefix="--", otherwise=f"; see tfm {command} --help")
                 raise InputError(f"--{typed}: unknown option{hint}")
             given.append(_Given(name, (value,) if equals else ()))
         elif given:
@@ -324,10 +323,3 @@ def _explain(command: str, given: Sequence[_Given], kinds: dict[str, Any]) -> st
         except SystemExit:
             return f"{option}: expected {expected(kinds[option.name])}"
     return f"{' '.join(map(str, given))}: these options cannot stand together; see tfm {command} --help"
-
-
-def _near(name: str, known: dict[str, Any], prefix: str = "") -> str:
-    """`; did you mean …?`, or nothing: a field named without its section, otherwise the closest spelling."""
-    candidates = [full for full in known if full.rpartition(".")[2] == name]
-    candidates = candidates or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{candidates[0]}?" if candidates else ""
