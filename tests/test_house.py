@@ -177,7 +177,7 @@ def test_every_module_has_its_tests(module):
         ),
         "commands/train.py": "test_end_to_end.py",
         **dict.fromkeys(
-            (f"commands/{name}.py" for name in ("prepare", "translate", "score", "evaluate", "explain")),
+            (f"commands/{name}.py" for name in ("prepare", "translate", "translating", "score", "evaluate", "explain")),
             "commands/test_run_commands.py",
         ),
     }

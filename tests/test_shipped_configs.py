@@ -11,7 +11,7 @@ from tfm import sharding
 from tfm.commands.options import load_config, shipped_configs
 from tfm.config import Config, MeshConfig
 from tfm.data.batches import Batch
-from tfm.decoding.decoder import Decoder, Rows
+from tfm.decoding.decoder import Decoder, Sentences
 from tfm.model.transformer import Transformer, compute_dtype
 from tfm.training.step import Trainer
 
@@ -39,7 +39,7 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
     decoder = Decoder([model], mesh, config.decoding, banned=(0, 2, 3))
     decoder._parameters = abstract(jax.eval_shape(decoder._laid_out, (state.parameters,)), decoder._shardings)
     bucket = decoder.buckets[0]
-    sentences = Rows(jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32))
+    sentences = Sentences(jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32))
     search = functools.partial(decoder._search, bucket)
     with jax.set_mesh(mesh):
         return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import io
@@ -20,7 +19,7 @@ from typing import Any
 
 from tfm import __version__
 from tfm.allocator import keep_freed_memory
-from tfm.config import InputError
+from tfm.config import InputError, near
 
 _INSISTENCE = 0.3  # seconds between one Ctrl-C and the next
 
@@ -45,15 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tfm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has had enough. What is still buffered must not be flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_buffered_output()  # whoever read it has had enough
         return 1
     except OSError as error:
         from tfm.files import FULL
 
         if error.filename is not None or error.errno not in FULL:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_buffered_output()
         print(f"tfm: error: what was being written has no more room ({error.strerror}): free some", file=sys.stderr)
         return 2
 
@@ -106,8 +104,13 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_buffered_output()
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def _drop_buffered_output() -> None:
+    """What is still buffered must not be flushed at exit, into a pipe that nobody reads or onto a disk that is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -121,9 +124,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"tfm {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise InputError(f"{name}: no such command; {hint}")
+        hint = near(name, COMMANDS, otherwise=f"; there are {', '.join(COMMANDS)}")
+        raise InputError(f"{name}: no such command{hint}")
     _log_to_stderr()
     keep_freed_memory()  # before a command's libraries start threads
     return importlib.import_module(f"tfm.commands.{name}").main(rest)
@@ -143,7 +145,7 @@ def _help() -> str:
 
 
 def _summary(command: str) -> str:
-    """First line of a command's docstring, read from its source: importing five commands would take longer."""
+    """First line of a command's docstring, read from its source: importing them all would take longer."""
     spec = importlib.util.find_spec(f"tfm.commands.{command}")
     if spec is None or spec.origin is None:
         return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -355,6 +356,13 @@ def fields_of(config: Config) -> dict[str, Any]:
 def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], where: str) -> None:
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {where}{near[0]}?" if near else ""
-            raise ConfigError(f"unknown field {where}{name}{hint}")
+            raise ConfigError(f"unknown field {where}{name}{near(name, known, prefix=where)}")
+
+
+def near(name: str, known: Collection[str], prefix: str = "", otherwise: str = "") -> str:
+    """The end of a message about a name unknown: `; did you mean PREFIX…?`, or `otherwise` where none is like it.
+
+    A field named without its section comes first, and then the closest spelling.
+    """
+    alike = [full for full in known if full.rpartition(".")[2] == name] or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{alike[0]}?" if alike else otherwise

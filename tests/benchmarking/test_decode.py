@@ -92,7 +92,7 @@ def test_the_searches_are_the_decoder_s(tiny, make_peak, monkeypatch):
     timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
     assert calls == [3, 0] * 4 + [3]
     (decoder,) = decoders
-    assert len(decoder.compile_seconds) == 1
+    assert len(decoder.compile_stages) == 1
 
 
 def test_padding_alone_is_one_step(tiny):

@@ -15,6 +15,7 @@ import pytest
 from tfm.commands.lines import (
     STANDARD_OUTPUT,
     Output,
+    check_outputs,
     check_writable,
     json_line,
     opened,
@@ -237,6 +238,21 @@ def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
     (tmp_path / "old.json").write_text("kept")
     check_writable(tmp_path / "old.json")
     assert (tmp_path / "old.json").read_text() == "kept"
+
+
+def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path):
+    report, picture = tmp_path / "a.json", tmp_path / "a.png"
+    check_outputs(None, None)
+    check_outputs(STANDARD_OUTPUT, picture)
+    check_outputs(report, None)
+    check_outputs(report, picture)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="--picture=-: a picture is not written to standard output"):
+        check_outputs(report, STANDARD_OUTPUT)
+    with pytest.raises(InputError, match=r"--json=.*a\.png: the map would overwrite it: name another"):
+        check_outputs(picture, picture, "the map")
+    with pytest.raises(InputError, match=r"none/a\.png: cannot be written"):
+        check_outputs(report, tmp_path / "none" / "a.png")
 
 
 def test_a_pipe_that_does_not_wait_is_waited_for():

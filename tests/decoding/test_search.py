@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tfm.decoding import search
-from tfm.decoding.beam import beam_search, length_penalty
+from tfm.decoding.beam import beam_search
 from tfm.decoding.search import Cache, Limits
+from tfm.decoding.translation import length_penalty
 
 BOS, EOS = 0, 1
 IDS = {"bos": BOS, "eos": EOS}

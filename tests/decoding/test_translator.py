@@ -321,7 +321,7 @@ def test_a_translation_depends_neither_on_its_company_nor_on_order(translator, t
 
 def test_no_more_shapes_are_compiled_than_there_are_buckets(translator, translated):
     assert translated
-    searched = {bucket for name, bucket in translator.decoder.compile_seconds if name == "search"}
+    searched = {bucket for name, bucket, _ in translator.decoder.compile_stages if name == "search"}
     assert searched == set(translator.decoder.buckets)
     assert len(translator.decoder.buckets) == 2
 

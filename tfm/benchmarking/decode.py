@@ -114,7 +114,7 @@ def time_decoding(
         "target_length": steps,
         "warmup_searches": timing.warmup,
         "searches": timing.steps,
-        **programs.stage_seconds(*decoder.compile_stages["search", bucket]),
+        **programs.stage_seconds(*decoder.compile_stages["search", bucket, True]),
         **programs.spread("search", seconds[0]),
         "prefill_seconds_median": after_one_step - step if resolved else None,
         "step_seconds_median": step if resolved else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from tfm.benchmarking.decode import BANNED, DecodeTiming, time_decoding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
 from tfm.benchmarking.train import TrainTiming, time_training
-from tfm.config import Config, ConfigError, InputError
+from tfm.config import Config, ConfigError, InputError, near
 from tfm.decoding.decoder import check_beam
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.transformer import compute_dtype
@@ -43,9 +42,8 @@ class Sweep:
         """`batch=32,64,128`. Raises InputError saying what was expected."""
         axis, _, listed = text.partition("=")
         if axis not in AXES:
-            near = difflib.get_close_matches(axis, AXES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
-            raise InputError(f"--sweep={text}: no axis {axis!r}; {hint}")
+            hint = near(axis, AXES, otherwise=f"; there are {', '.join(AXES)}")
+            raise InputError(f"--sweep={text}: no axis {axis!r}{hint}")
         values = [value.strip() for value in listed.split(",")]
         if not all(value.isdecimal() and int(value) > 0 for value in values):
             raise InputError(f"--sweep={text}: expected whole numbers above 0, such as --sweep={axis}=1,2,4")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, write_text
 from tfm.commands.options import parse
 from tfm.commands.train import deterministic_where_asked
-from tfm.config import Config, InputError
+from tfm.config import Config, InputError, near
 from tfm.files import at_home
 
 _log = logging.getLogger(__name__)
@@ -78,9 +77,9 @@ def main(argv: list[str]) -> int:
         print(_USAGE)
         parse("benchmark train", ["--help"], TrainArguments)
     if not argv or argv[0] not in _KINDS:
-        near = difflib.get_close_matches(argv[0], _KINDS, n=1) if argv else []
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_KINDS)}, before all options"
-        raise InputError(f"{argv[0] if argv else 'tfm benchmark'}: says nothing to benchmark; {hint}")
+        expected = f"; expected one of {', '.join(_KINDS)}, before all options"
+        hint = near(argv[0], _KINDS, otherwise=expected) if argv else expected
+        raise InputError(f"{argv[0] if argv else 'tfm benchmark'}: says nothing to benchmark{hint}")
     if argv[0] == "compare":
         return _compare(argv[1:])
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
@@ -108,9 +107,7 @@ def _check_outputs(arguments: _Both, picture: Path | None) -> None:
     """Raises InputError where something could not be written at the end."""
     from tfm.benchmarking.profile import check_profile
 
-    for path in (arguments.json, picture):
-        if path is not None:
-            check_writable(path)
+    check_outputs(arguments.json, picture, "the picture of the sweep")
     if arguments.profile is not None:
         check_profile(arguments.profile)
 
@@ -165,19 +162,14 @@ def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str], devic
 
 
 def _picture(arguments: _Both) -> Path | None:
-    """Where the picture goes. Raises InputError where there is no sweep to draw, and where it cannot go there."""
+    """Where the picture goes. Raises InputError where there is no sweep to draw."""
     if arguments.sweep is None:
         if arguments.picture is not None:
             raise InputError("--picture: only a sweep is drawn; add --sweep, such as --sweep=batch=32,64,128")
         return None
-    picture = arguments.picture
-    if picture is None and arguments.json not in (None, STANDARD_OUTPUT):
-        picture = arguments.json.parent / f"{arguments.json.stem}.png"
-    if picture is not None:
-        refuse_standard_output("--picture", picture)
-        if picture == arguments.json:
-            raise InputError(f"--json={arguments.json}: the picture of the sweep would overwrite it: name another")
-    return picture
+    if arguments.picture is None and arguments.json not in (None, STANDARD_OUTPUT):
+        return arguments.json.parent / f"{arguments.json.stem}.png"
+    return arguments.picture
 
 
 def _compare(argv: list[str]) -> int:

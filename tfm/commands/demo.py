@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     deterministic_where_asked(config)
     from tfm import sharding
     from tfm.data import demo_corpus
-    from tfm.decoding.scores import corpus_scores
+    from tfm.decoding.bleu import corpus_scores
     from tfm.decoding.translator import Translator
 
     with demo_corpus.explained():  # before the training: a wrong name is said at once

@@ -9,17 +9,16 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, Output, check_writable, log_rate, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, Output, check_writable, write_text
 from tfm.commands.options import parse
+from tfm.commands.translating import Models, log_rate, translating
 from tfm.config import Config, InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Models):
     """Translate a test set and score the translations against its references."""
 
-    workdir: str
-    """Directory of the run."""
     source: Path | None = None
     """File to translate, one sentence a line (.gz too); the run's data.test_split if unset."""
     reference: Path | None = None
@@ -28,19 +27,11 @@ class Arguments:
     """File for the scores as JSON, overwritten; - is standard output."""
     output: Path | None = None
     """File for the translations, one a line, which must not exist; - is standard output."""
-    checkpoint: str | None = None
-    """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
-    ensemble: tuple[str, ...] = ()
-    """Further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
 
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("evaluate", argv, Arguments)
-    from tfm import device_memory, hosts, sharding
-
-    sharding.use_compilation_cache()
-    sharding.decode_on_every_core()
-    with hosts.together(config), device_memory.explained(*device_memory.TRANSLATING), ExitStack() as stack:
+    with translating(config), ExitStack() as stack:
         _evaluate(arguments, config, stack)
     return 0
 
@@ -48,7 +39,7 @@ def main(argv: list[str]) -> int:
 def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
     """Translates and scores; `stack` closes what is opened to write."""
     from tfm import hosts
-    from tfm.decoding.scores import corpus_scores, tokenised_bleu
+    from tfm.decoding.bleu import corpus_scores, tokenised_bleu
     from tfm.decoding.translator import Translator
 
     sources, references = _pairs(arguments, config)

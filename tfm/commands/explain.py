@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, json_line, refuse_standard_output, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, json_line, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -63,9 +63,4 @@ def _check(arguments: Arguments, config: Config) -> None:
     depth = config.model.encoder_layers if arguments.attention == "encoder" else config.model.decoder_layers
     if arguments.layer is not None and not 1 <= arguments.layer <= depth:
         raise InputError(f"--layer={arguments.layer}: the stack has layers 1 to {depth}")
-    refuse_standard_output("--picture", arguments.picture)
-    if arguments.picture == arguments.json:
-        raise InputError(f"--json={arguments.json}: the picture would overwrite it: name another")
-    for path in (arguments.picture, arguments.json):
-        if path is not None:
-            check_writable(path)
+    check_outputs(arguments.json, arguments.picture)

@@ -5,22 +5,16 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
-import logging
 import select
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from tfm.config import InputError
 from tfm.training.metrics import finite
-
-if TYPE_CHECKING:
-    from tfm.decoding.translator import Translator
-
-_log = logging.getLogger(__name__)
 
 STANDARD_OUTPUT = Path("-")
 """How standard output, or input, is named where a file is expected."""
@@ -235,10 +229,15 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def refuse_standard_output(option: str, path: Path) -> None:
-    """Raises InputError where an option that needs a file was given `-`."""
-    if path == STANDARD_OUTPUT:
-        raise InputError(f"{option}=-: a picture is not written to standard output: name a .png file")
+def check_outputs(json_file: Path | None, picture: Path | None, what: str = "the picture") -> None:
+    """Raises InputError where --json or --picture cannot be written, or both are one file; `what` is drawn there."""
+    if picture == STANDARD_OUTPUT:
+        raise InputError("--picture=-: a picture is not written to standard output: name a .png file")
+    if picture is not None and picture == json_file:
+        raise InputError(f"--json={json_file}: {what} would overwrite it: name another")
+    for path in (json_file, picture):
+        if path is not None:
+            check_writable(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -260,16 +259,3 @@ def json_line(value: Any) -> str:
     for character in "\u0085\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def log_rate(translator: Translator, seconds: float) -> None:
-    """What was done, how fast, and with how many compiled shapes."""
-    done, compiled = translator.statistics, translator.decoder.compile_seconds
-    seconds = max(seconds, 1e-9)
-    _log.info(
-        "%s lines in %.1f s: %.1f lines/s, %.1f sentences/s, %.0f source and %.0f target tokens/s, "
-        "%.1f %% of the source side padding, %.1f %% of the sentences decoded twice; %d shapes compiled in %.1f s",
-        *(f"{done.lines:,}", seconds, done.lines / seconds, done.sentences / seconds, done.source_tokens / seconds),
-        *(done.target_tokens / seconds, 100 * done.padding, 100 * done.again / max(done.sentences, 1)),
-        *(len(compiled), sum(compiled.values())),
-    )

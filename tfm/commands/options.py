@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import math
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tfm import config as tfm_config
-from tfm.config import Config, ConfigError, InputError
+from tfm.config import Config, ConfigError, InputError, near
 from tfm.config_checks import check_types, expected
 from tfm.files import as_path, at_home
 
@@ -37,14 +36,6 @@ class _Given:
         if len(self.values) == 1:
             return f"--{self.name}={self.values[0]}"
         return " ".join([f"--{self.name}", *self.values])
-
-
-_ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
-_OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
-_SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
-_SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
-# Of which a device has nothing but rows, or a part of the heads.
-_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
 
 
 def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tuple[Arguments, Config]:
@@ -66,24 +57,7 @@ def parse(command: str, argv: Sequence[str], arguments: type[Arguments]) -> tupl
     given, wants_help = _read(command, argv, types_by_name)
     given = _together(given, types_by_name)
     for option in given:
-        if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
-            raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
-        if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
-            raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
-        if command == "benchmark decode" and option.name in _SET_BY_THE_BENCHMARK:
-            raise InputError(
-                f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"
-            )
-        if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
-            raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
-        if option.name.startswith("mesh."):
-            if command == "explain":
-                raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")
-            if command in _OVER_ALL_DEVICES and option.name != "mesh.tensor":
-                raise InputError(
-                    f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "
-                    "mesh.tensor: leave it out"
-                )
+        _refuse_without_effect(command, option, given)
     base = _base_config(command, arguments, {option.name: option.values for option in given}, wants_help)
     if not wants_help:
         _refuse_missing(command, arguments, given)
@@ -181,7 +155,7 @@ def _config_path(name: str) -> Path:
         if name in shipped:
             return shipped[name]
         raise InputError(
-            f"--config={name}: no shipped config of that name{_near(name, shipped)}; there are {', '.join(shipped)}, "
+            f"--config={name}: no shipped config of that name{near(name, shipped)}; there are {', '.join(shipped)}, "
             "or give the path of a .py file"
         )
     path = at_home(Path(name))
@@ -249,7 +223,7 @@ def _read(command: str, argv: Sequence[str], kinds: dict[str, Any]) -> tuple[lis
             typed, equals, value = token.removeprefix("--").partition("=")
             name = typed.replace("-", "_")
             if name not in kinds:
-                hint = _near(name, kinds, prefix="--") or f"; see tfm {command} --help"
+                hint = near(name, kinds, prefix="--", otherwise=f"; see tfm {command} --help")
                 raise InputError(f"--{typed}: unknown option{hint}")
             given.append(_Given(name, (value,) if equals else ()))
         elif given:
@@ -301,6 +275,36 @@ def _tokens(option: _Given) -> Iterator[str]:
     yield from option.values[1:]
 
 
+_ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
+_OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+_SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
+_SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
+# Of which a device has nothing but rows, or a part of the heads.
+_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
+
+
+def _refuse_without_effect(command: str, option: _Given, given: Sequence[_Given]) -> None:
+    """Raises InputError at an option that the command would ignore, or that another one of those given overrides."""
+    if option.name.startswith("hosts.") and command.split()[0] in _ON_ONE_HOST:
+        raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
+    if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
+        raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
+    if command == "benchmark decode" and option.name in _SET_BY_THE_BENCHMARK:
+        raise InputError(
+            f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"
+        )
+    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
+        raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
+    if option.name.startswith("mesh."):
+        if command == "explain":
+            raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")
+        if command in _OVER_ALL_DEVICES and option.name != "mesh.tensor":
+            raise InputError(
+                f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "
+                "mesh.tensor: leave it out"
+            )
+
+
 def _refuse_missing(command: str, arguments: type, given: Sequence[_Given]) -> None:
     names = {option.name for option in given}
     for field in dataclasses.fields(arguments):
@@ -319,10 +323,3 @@ def _explain(command: str, given: Sequence[_Given], kinds: dict[str, Any]) -> st
         except SystemExit:
             return f"{option}: expected {expected(kinds[option.name])}"
     return f"{' '.join(map(str, given))}: these options cannot stand together; see tfm {command} --help"
-
-
-def _near(name: str, known: dict[str, Any], prefix: str = "") -> str:
-    """`; did you mean …?`, or nothing: a field named without its section, otherwise the closest spelling."""
-    candidates = [full for full in known if full.rpartition(".")[2] == name]
-    candidates = candidates or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{candidates[0]}?" if candidates else ""

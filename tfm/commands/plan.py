@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_writable, refuse_standard_output, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, write_text
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -38,21 +38,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("plan", argv, Arguments)
-    if arguments.rows_per_chip is not None and arguments.rows_per_chip < 1:
-        raise InputError(f"--rows_per_chip={arguments.rows_per_chip}: must be at least 1")
-    if not arguments.topology and (arguments.meshes or arguments.picture):
-        given = "--meshes" if arguments.meshes else "--picture"
-        raise InputError(f"{given} compares plans for TPU slices: name them with --topology, such as v5e:16x16")
-    if arguments.parameters and (len(arguments.meshes) > 1 or arguments.json or arguments.picture):
-        given = "--json" if arguments.json else "--picture" if arguments.picture else "more than one of --meshes"
-        raise InputError(f"--parameters prints a table for one mesh, and does not take {given}")
-    if arguments.picture is not None:
-        refuse_standard_output("--picture", arguments.picture)
-        if arguments.picture == arguments.json:
-            raise InputError(f"--json={arguments.json}: the picture would overwrite it: name another")
-    for path in (arguments.json, arguments.picture):
-        if path is not None:
-            check_writable(path)
+    _check(arguments)
     from tfm.planning import plan, report, topology
 
     slices = [topology.topology_of(name) for name in arguments.topology]
@@ -83,3 +69,16 @@ def main(argv: list[str]) -> int:
     if arguments.picture is not None:
         report.draw_sweep(plans, arguments.picture)
     return 0
+
+
+def _check(arguments: Arguments) -> None:
+    """Raises InputError at options that contradict each other, and at files that cannot be written."""
+    if arguments.rows_per_chip is not None and arguments.rows_per_chip < 1:
+        raise InputError(f"--rows_per_chip={arguments.rows_per_chip}: must be at least 1")
+    if not arguments.topology and (arguments.meshes or arguments.picture):
+        given = "--meshes" if arguments.meshes else "--picture"
+        raise InputError(f"{given} compares plans for TPU slices: name them with --topology, such as v5e:16x16")
+    if arguments.parameters and (len(arguments.meshes) > 1 or arguments.json or arguments.picture):
+        given = "--json" if arguments.json else "--picture" if arguments.picture else "more than one of --meshes"
+        raise InputError(f"--parameters prints a table for one mesh, and does not take {given}")
+    check_outputs(arguments.json, arguments.picture)

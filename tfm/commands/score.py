@@ -13,22 +13,20 @@ from typing import Literal
 from tfm.commands.lines import (
     Output,
     json_line,
-    log_rate,
     opened,
     raw_lines,
     refuse_shared_standard_input,
     text_lines,
 )
 from tfm.commands.options import parse
+from tfm.commands.translating import Models, log_rate, translating
 from tfm.config import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Models):
     """Write the log-probability (natural logarithm) of each line of --target as a translation of that of --source."""
 
-    workdir: str
-    """Directory of the run."""
     source: Path
     """File of source sentences, one a line (.gz too)."""
     target: Path
@@ -38,21 +36,13 @@ class Arguments:
     """File to write, which must not exist, in place of standard output."""
     format: Literal["text", "jsonl"] = "text"
     """One number a line, or a JSON object a line with log_prob, the length-penalised score, tokens and their share."""
-    checkpoint: str | None = None
-    """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
-    ensemble: tuple[str, ...] = ()
-    """Further models to score with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
 
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("score", argv, Arguments)
-    from tfm import device_memory, hosts, sharding
+    from tfm import hosts
 
-    sharding.use_compilation_cache()
-    sharding.decode_on_every_core()
-    with ExitStack() as stack:
-        stack.enter_context(hosts.together(config))
-        stack.enter_context(device_memory.explained(*device_memory.TRANSLATING))
+    with translating(config), ExitStack() as stack:
         refuse_shared_standard_input(source=arguments.source, target=arguments.target)
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
         if all(file.seekable() for file in files):

@@ -13,13 +13,13 @@ from tfm.commands.lines import (
     STANDARD_OUTPUT,
     Output,
     json_line,
-    log_rate,
     opened,
     raw_lines,
     refuse_shared_standard_input,
     text_lines,
 )
 from tfm.commands.options import parse
+from tfm.commands.translating import Models, log_rate, translating
 from tfm.config import InputError
 
 if TYPE_CHECKING:
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Models):
     """Translate each line of standard input, or of a file, to standard output, or to a file."""
 
-    workdir: str
-    """Directory of the run."""
     input: Path | None = None
     """File to translate, one sentence a line (.gz too), in place of standard input."""
     output: Path | None = None
@@ -42,10 +40,6 @@ class Arguments:
     """The best translation of each line, or a JSON object a line with all decoding.n_best, their scores and tokens."""
     prefixes: Path | None = None
     """File with the text that each translation has to begin with, one a line; an empty line leaves it free."""
-    checkpoint: str | None = None
-    """Which parameters: a step, last, best, or the mean last:N or best:N; decoding.average, or the best, if unset."""
-    ensemble: tuple[str, ...] = ()
-    """Further models to translate with, WORKDIR or WORKDIR@CHECKPOINT, which have to share the run's tokenizer."""
 
 
 _JSON_BEGINS = b'{"line": 1, "translations": '
@@ -58,13 +52,9 @@ def main(argv: list[str]) -> int:
             arguments = dataclasses.replace(arguments, **{name: None})
     if arguments.resume and arguments.output is None:
         raise InputError("--resume goes on behind the lines of --output: name that file")
-    from tfm import device_memory, hosts, sharding
+    from tfm import hosts
 
-    sharding.use_compilation_cache()
-    sharding.decode_on_every_core()
-    with ExitStack() as stack:
-        stack.enter_context(hosts.together(config))
-        stack.enter_context(device_memory.explained(*device_memory.TRANSLATING))
+    with translating(config), ExitStack() as stack:
         refuse_shared_standard_input(input=arguments.input or STANDARD_OUTPUT, prefixes=arguments.prefixes)
         file = opened(arguments.input, stack)
         source = raw_lines(file)

@@ -13,12 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from tfm.decoding.search import Cache, Hypotheses, Limits, StepFunction, prefix_at, run
+from tfm.decoding.translation import length_penalty
 from tfm.decoding.vocabulary import Vocabulary
-
-
-def length_penalty(length: jax.Array | float, alpha: float) -> jax.Array:
-    """((5 + length) / 6) ** alpha, the divisor of a log-probability: Wu et al. (2016), equation 14; the end counts."""
-    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
 
 
 @jax.tree_util.register_dataclass
@@ -81,14 +77,14 @@ def beam_search(
       bos, eos, banned: as for `search.greedy`.
     """
     batch, length = limits.most_B.shape[0], cache.length
-    longest_penalty_B = length_penalty(limits.most_B + 1, alpha)
+    longest_penalty_B = length_penalty(jnp.asarray(limits.most_B + 1, jnp.float32), alpha)
 
     def step(state: _Beams) -> _Beams:
         position = state.position
         logits_BWV, inner = step_fn(state.last_BW, state.cache)
         vocabulary = Vocabulary(logits_BWV.shape[-1], eos, banned)
-        maxima_BWN = vocabulary.maxima(logits_BWV)
-        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
+        maxima_BWG = vocabulary.maxima(logits_BWV)
+        peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWG)
         base_BW = state.log_probs_BW - rest_BW - peak_BW
 
         may_end_B1 = (position >= limits.least_B)[:, None]
@@ -98,8 +94,8 @@ def beam_search(
             ended_BW = jnp.where(forced_B1 >= 0, -jnp.inf, ended_BW)
         scores_BR, found_BR = _keep_best(state, _no_nan(ended_BW), alpha)
 
-        log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWN, base_BW, beams)
-        best = _greedy_choice(state, vocabulary, logits_BWV, maxima_BWN, may_end_B1)
+        log_probs_BW, parents_BW, tokens_BW = vocabulary.best_tokens(logits_BWV, maxima_BWG, base_BW, beams)
+        best = _greedy_choice(state, vocabulary, logits_BWV, maxima_BWG, may_end_B1)
         log_probs_BW, parents_BW, tokens_BW, greedy_B = _with_greedy(
             (log_probs_BW, parents_BW, tokens_BW), base_BW, state.greedy_B, *best
         )
@@ -148,12 +144,12 @@ def beam_search(
 
 
 def _greedy_choice(
-    state: _Beams, vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B1: jax.Array
+    state: _Beams, vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWG: jax.Array, may_end_B1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What greedy search goes on with on its beam: the logit and the token [B, 1]; -inf where it ends or has ended."""
     is_greedy_BW = jnp.arange(logits_BWV.shape[1])[None] == state.greedy_B[:, None]
     on_its_beam_BW = jnp.where(is_greedy_BW, 0.0, -jnp.inf)
-    logit_B1, _, token_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWN, on_its_beam_BW, 1)
+    logit_B1, _, token_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWG, on_its_beam_BW, 1)
     end_B1 = jnp.max(vocabulary.logits_of_end(logits_BWV) + on_its_beam_BW, axis=1, keepdims=True)
     ends_B1 = may_end_B1 & ((end_B1 > logit_B1) | ((end_B1 == logit_B1) & (vocabulary.eos < token_B1)))
     return jnp.where(ends_B1, -jnp.inf, logit_B1), token_B1
@@ -198,7 +194,8 @@ def _keep_best(state: _Beams, ended_BW: jax.Array, alpha: float) -> tuple[jax.Ar
         jnp.broadcast_to(state.position, ended_BW.shape),
         jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), ended_BW.shape),
     )
-    scores = jnp.concatenate([state.scores_BR, ended_BW / length_penalty(state.position + 1, alpha)], axis=1)
+    penalty = length_penalty(jnp.asarray(state.position + 1, jnp.float32), alpha)
+    scores = jnp.concatenate([state.scores_BR, ended_BW / penalty], axis=1)
     scores_BR, chosen_BR = jax.lax.top_k(scores, state.scores_BR.shape[1])
     both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.found_BR, new)
     return scores_BR, jax.tree.map(lambda x: jnp.take_along_axis(x, chosen_BR, axis=1), both)

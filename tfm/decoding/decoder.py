@@ -45,7 +45,10 @@ class Bucket(NamedTuple):
     gives_up: bool = False  # on sentences that go on for longer than usual
 
 
-class Rows(NamedTuple):
+_Program = tuple[str, Bucket, bool]  # "search" or "score", its shape, and whether translations begin freely
+
+
+class Sentences(NamedTuple):
     """A batch of sentences, one a row; a row of padding alone fills the batch up."""
 
     source_BS: Any  # int32, each sentence ending in EOS
@@ -101,11 +104,9 @@ class Decoder:
         ]
         ladder = _ladder(config, config.max_source_length + extra, shards)
         self.score_buckets = [Bucket(rows, length, length) for rows, length in ladder]
-        self.compile_seconds: dict[tuple[str, Bucket], float] = {}
-        self.compile_stages: dict[
-            tuple[str, Bucket], tuple[float, float, float]
-        ] = {}  # of the newest: trace, lower, compile
-        self._compiled: dict[Any, Any] = {}
+        self.compile_stages: dict[_Program, tuple[float, float, float]] = {}
+        """Seconds that tracing, lowering and compiling took."""
+        self._compiled: dict[_Program, jax.stages.Compiled] = {}
         self._parameters: Any = None
         boxed = [abstract_parameters(model) for model in self.models]
         padded_size = boxed[0]["target_embedding"]["table"].unbox().shape[0]
@@ -161,16 +162,16 @@ class Decoder:
 
     def _rows(
         self, bucket: Bucket, sentences: Sequence[Sequence[int]], draws: Sequence[tuple[int, int]] | None = None
-    ) -> Rows:
+    ) -> Sentences:
         source_BS = _filled((bucket.rows, bucket.length), sentences, PAD)
         if not self.config.sampling:
-            return Rows(source_BS)
+            return Sentences(source_BS)
         draw_B2 = np.zeros((bucket.rows, 2), np.uint32)
         if draws is None:
             draw_B2[:, 0] = np.arange(bucket.rows)
         else:
             draw_B2[: len(sentences)] = np.reshape(draws, (-1, 2))
-        return Rows(source_BS, draw_B2=draw_B2)
+        return Sentences(source_BS, draw_B2=draw_B2)
 
     def search_program(self, bucket: Bucket) -> jax.stages.Compiled:
         """The compiled program that `decode` runs in a bucket without prefixes."""
@@ -179,14 +180,14 @@ class Decoder:
     def score(self, bucket: Bucket, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> jax.Array:
         """Starts to score given translations: log-probability [B, T] of each token, the end included; 0 in padding."""
         shape = (bucket.rows, bucket.length)
-        rows = Rows(_filled(shape, sources, PAD), target_BT=_filled(shape, targets, PAD))
+        rows = Sentences(_filled(shape, sources, PAD), target_BT=_filled(shape, targets, PAD))
         return self._run(self._score, "score", bucket, rows)
 
-    def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
+    def _run(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Sentences) -> Any:
         program = self._program(function, name, bucket, rows)
         return program(self._parameters, sharding.rows_on_mesh(rows, self.mesh))
 
-    def _program(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Rows) -> Any:
+    def _program(self, function: Callable[..., Any], name: str, bucket: Bucket, rows: Sentences) -> Any:
         """The compiled function for rows of these shapes."""
         key = (name, bucket, rows.prefix_BT is None)
         if key not in self._compiled:
@@ -201,11 +202,10 @@ class Decoder:
                 times.append(time.perf_counter())
                 self._compiled[key] = lowered.compile()
             times.append(time.perf_counter())
-            self.compile_stages[name, bucket] = tuple(np.diff(times).tolist())
-            self.compile_seconds[name, bucket] = self.compile_seconds.get((name, bucket), 0.0) + times[-1] - times[0]
+            self.compile_stages[key] = tuple(np.diff(times).tolist())
         return self._compiled[key]
 
-    def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Rows) -> search.Hypotheses:
+    def _search(self, bucket: Bucket, parameters: tuple[Any, ...], rows: Sentences) -> search.Hypotheses:
         """The whole search for the rows that one device has."""
         c = self.config
         mask_BS = rows.source_BS != PAD
@@ -258,7 +258,7 @@ class Decoder:
             return jax.nn.logsumexp(log_probs, axis=0)
         return jnp.mean(log_probs, axis=0)
 
-    def _score(self, parameters: tuple[Any, ...], rows: Rows) -> jax.Array:
+    def _score(self, parameters: tuple[Any, ...], rows: Sentences) -> jax.Array:
         """Log-probabilities [B, T] for the rows that one device has."""
         target_BT, mask_BS = rows.target_BT, rows.source_BS != PAD
         inputs_BT = jnp.pad(target_BT, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]

@@ -15,7 +15,7 @@ from tfm import sharding
 from tfm.checkpoint import CheckpointReader, RunDirectory
 from tfm.config import Config, InputError
 from tfm.data.tokenizer import Tokenizer
-from tfm.decoding.windows import several
+from tfm.decoding.inputs import several
 from tfm.model.transformer import Transformer, abstract_parameters, compute_dtype
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from tfm.allocator import give_back_freed_memory
 from tfm.config import InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
+from tfm.decoding.inputs import checked, in_step, several
 from tfm.decoding.translation import Scored, Statistics, penalised
-from tfm.decoding.windows import WINDOW_LINES, Windows, checked, in_step, patience, several
+from tfm.decoding.windows import WINDOW_LINES, Windows, patience
 
 _log = logging.getLogger(__name__)
 

@@ -103,9 +103,9 @@ def greedy(
     """
 
     def choose(
-        vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWN: jax.Array, may_end_B: jax.Array, _: jax.Array
+        vocabulary: Vocabulary, logits_BWV: jax.Array, maxima_BWG: jax.Array, may_end_B: jax.Array, _: jax.Array
     ) -> jax.Array:
-        best_B1, _, tokens_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWN, jnp.zeros(logits_BWV.shape[:2]), 1)
+        best_B1, _, tokens_B1 = vocabulary.best_tokens(logits_BWV, maxima_BWG, jnp.zeros(logits_BWV.shape[:2]), 1)
         end_B1 = vocabulary.logits_of_end(logits_BWV)
         ends_B1 = (end_B1 > best_B1) | ((end_B1 == best_B1) & (eos < tokens_B1))
         return jnp.where(ends_B1 & may_end_B[:, None], eos, tokens_B1)
@@ -185,17 +185,17 @@ def _walk(
         position = state.position
         logits_BWV, inner = step_fn(state.last_BW, state.cache)
         vocabulary = Vocabulary(logits_BWV.shape[-1], eos, banned)
-        maxima_BWN = vocabulary.maxima(logits_BWV)
-        tokens_BW = choose(vocabulary, logits_BWV, maxima_BWN, position >= limits.least_B, position)
+        maxima_BWG = vocabulary.maxima(logits_BWV)
+        tokens_BW = choose(vocabulary, logits_BWV, maxima_BWG, position >= limits.least_B, position)
         if limits.prefix_BT is not None:
             forced_B1 = prefix_at(position, limits)[:, None]
             tokens_BW = jnp.where(forced_B1 < 0, tokens_BW, forced_B1)
         tokens_BW = jnp.where(position >= limits.most_B[:, None], eos, tokens_BW)
         if scores:
-            peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWN)
+            peak_BW, rest_BW = vocabulary.log_normaliser(logits_BWV, maxima_BWG)
             log_probs_BW = vocabulary.logits_of(logits_BWV, tokens_BW) - peak_BW - rest_BW
         else:
-            log_probs_BW = jnp.where(jnp.isfinite(vocabulary.peak(logits_BWV, maxima_BWN)), 0.0, jnp.nan)
+            log_probs_BW = jnp.where(jnp.isfinite(vocabulary.peak(logits_BWV, maxima_BWG)), 0.0, jnp.nan)
         # Not a number: the walk ends, rather than go on to its limit without knowing where.
         tokens_BW = jnp.where(state.finished_BW | jnp.isnan(log_probs_BW), eos, tokens_BW)
         ends_BW = tokens_BW == eos if scores else (tokens_BW == eos) | (position + 1 >= limits.most_B)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class Statistics:
         return 1 - self.source_tokens / max(self.padded_tokens, 1)
 
 
+def length_penalty(length: Any, alpha: float) -> Any:
+    """((5 + length) / 6) ** alpha, the divisor of a log-probability: Wu et al. (2016), equation 14; the end counts.
+
+    Of a number, or of an array of floats, in whose precision it is computed.
+    """
+    return ((5.0 + length) / 6.0) ** alpha
+
+
 def penalised(log_prob: float, tokens: int, alpha: float) -> float:
-    """What a beam search is for, of a translation of so many tokens and its end: `tfm.decoding.beam.length_penalty`."""
-    return log_prob / ((5 + tokens + 1) / 6) ** alpha
+    """What a beam search is for, of a translation of so many tokens and its end."""
+    return log_prob / length_penalty(tokens + 1, alpha)

@@ -22,11 +22,12 @@ from tfm.config import Config, DecodingConfig, InputError
 from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.cutting import cut
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
+from tfm.decoding.inputs import checked, in_step, several
 from tfm.decoding.loading import load_models
 from tfm.decoding.scoring import score_windows
 from tfm.decoding.search import Hypotheses
 from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation, penalised
-from tfm.decoding.windows import WINDOW_LINES, Windows, checked, in_step, patience, several
+from tfm.decoding.windows import WINDOW_LINES, Windows, patience
 from tfm.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)

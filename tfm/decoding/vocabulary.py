@@ -5,7 +5,7 @@ exponentials. On a CPU `top_k` over a whole vocabulary costs ten times as much, 
 look, were it only to put -inf where a token is banned, a third of the product that made the logits. So logits stay as
 they are, and the few blocks that hold a banned token are looked at once more.
 
-Dimensions: N blocks of X tokens; M blocks that hold something banned; K tokens that are asked for.
+Dimensions: G blocks of X tokens; M blocks that hold something banned; C tokens that are asked for.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Vocabulary:
         goes_on_L = possible_L.copy()
         goes_on_L[eos] = False
         self.possible_V = possible_L[:size]
-        self._possible_NX, self._goes_on_NX = (mask_L.reshape(-1, _BLOCK) for mask_L in (possible_L, goes_on_L))
-        self._mixed_M = np.flatnonzero(~self._goes_on_NX.all(axis=1))
+        self._possible_GX, self._goes_on_GX = (mask_L.reshape(-1, _BLOCK) for mask_L in (possible_L, goes_on_L))
+        self._mixed_M = np.flatnonzero(~self._goes_on_GX.all(axis=1))
 
     def logits_of(self, logits_BWV: jax.Array, tokens_BW: jax.Array) -> jax.Array:
         """The logits [B, W] of these tokens; -inf of one that is banned."""
@@ -51,83 +51,83 @@ class Vocabulary:
         return jnp.where(jnp.asarray(self.possible_V).reshape(shape), logits_BWV, -jnp.inf)
 
     def maxima(self, logits_BWV: jax.Array) -> jax.Array:
-        """The largest logit [B, W, N] in each block of what one can go on with."""
-        blocks_BWNX = _blocks(logits_BWV)
-        maxima_BWN = jnp.max(blocks_BWNX, axis=-1)
-        left_BWMX = jnp.where(self._goes_on_NX[self._mixed_M], self._mixed(blocks_BWNX), -jnp.inf)
-        return maxima_BWN.at[:, :, self._mixed_M].set(jnp.max(left_BWMX, axis=-1))
+        """The largest logit [B, W, G] in each block of what one can go on with."""
+        blocks_BWGX = _blocks(logits_BWV)
+        maxima_BWG = jnp.max(blocks_BWGX, axis=-1)
+        left_BWMX = jnp.where(self._goes_on_GX[self._mixed_M], self._mixed(blocks_BWGX), -jnp.inf)
+        return maxima_BWG.at[:, :, self._mixed_M].set(jnp.max(left_BWMX, axis=-1))
 
-    def peak(self, logits_BWV: jax.Array, maxima_BWN: jax.Array) -> jax.Array:
+    def peak(self, logits_BWV: jax.Array, maxima_BWG: jax.Array) -> jax.Array:
         """The largest logit [B, W] of what may be said; not a number if any of them is not."""
-        return jnp.maximum(jnp.max(maxima_BWN, axis=-1), self.logits_of_end(logits_BWV))
+        return jnp.maximum(jnp.max(maxima_BWG, axis=-1), self.logits_of_end(logits_BWV))
 
-    def log_normaliser(self, logits_BWV: jax.Array, maxima_BWN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def log_normaliser(self, logits_BWV: jax.Array, maxima_BWG: jax.Array) -> tuple[jax.Array, jax.Array]:
         """log sum exp of all that may be said, in two parts [B, W]: the largest logit, and the rest.
 
         A log-probability near 0 keeps its digits only if the first part is taken from the logit before the second is.
         """
-        blocks_BWNX = _blocks(logits_BWV)
-        peak_BW = self.peak(logits_BWV, maxima_BWN)
-        sums_BWN = jnp.sum(jnp.exp(blocks_BWNX - peak_BW[..., None, None]), axis=-1)
-        below_BWMX = self._mixed(blocks_BWNX) - peak_BW[..., None, None]
-        said_BWMX = jnp.where(self._possible_NX[self._mixed_M], below_BWMX, -jnp.inf)
-        sums_BWN = sums_BWN.at[:, :, self._mixed_M].set(jnp.sum(jnp.exp(said_BWMX), axis=-1))
-        return peak_BW, jnp.log(jnp.sum(sums_BWN, axis=-1))
+        blocks_BWGX = _blocks(logits_BWV)
+        peak_BW = self.peak(logits_BWV, maxima_BWG)
+        sums_BWG = jnp.sum(jnp.exp(blocks_BWGX - peak_BW[..., None, None]), axis=-1)
+        below_BWMX = self._mixed(blocks_BWGX) - peak_BW[..., None, None]
+        said_BWMX = jnp.where(self._possible_GX[self._mixed_M], below_BWMX, -jnp.inf)
+        sums_BWG = sums_BWG.at[:, :, self._mixed_M].set(jnp.sum(jnp.exp(said_BWMX), axis=-1))
+        return peak_BW, jnp.log(jnp.sum(sums_BWG, axis=-1))
 
-    def _mixed(self, blocks_BWNX: jax.Array) -> jax.Array:
+    def _mixed(self, blocks_BWGX: jax.Array) -> jax.Array:
         """The blocks [B, W, M, X] that hold something banned.
 
         Gathered: slices of a vocabulary that is split over devices can become a permutation, in which all devices of
         the program may have to take part (on CPUs they have), and some have ended their search before others.
         """
-        return jnp.take(blocks_BWNX, self._mixed_M, axis=2)
+        return jnp.take(blocks_BWGX, self._mixed_M, axis=2)
 
     def logits_of_end(self, logits_BWV: jax.Array) -> jax.Array:
         """The logits [B, W] of the end symbol."""
         return logits_BWV[..., self.eos] if self.possible_V[self.eos] else jnp.full(logits_BWV.shape[:2], -jnp.inf)
 
     def best_tokens(
-        self, logits_BWV: jax.Array, maxima_BWN: jax.Array, base_BW: jax.Array, count: int
+        self, logits_BWV: jax.Array, maxima_BWG: jax.Array, base_BW: jax.Array, count: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The `count` largest of logits + base over all beams of a sentence to go on with; of equals, the first.
 
         Returns the sums, their beams and their tokens, each [B, count], the largest first. Takes the block that holds
         the largest, that out of the block, and so on: the largest of a block's rest is all that changes.
         """
-        batch, beams, blocks = maxima_BWN.shape
-        blocks_BNX = _blocks(logits_BWV).reshape(batch, beams * blocks, _BLOCK)
-        maxima_BN = (maxima_BWN + base_BW[..., None]).reshape(batch, beams * blocks)
-        goes_on_NX = jnp.asarray(self._goes_on_NX)
+        batch, beams, blocks = maxima_BWG.shape
+        blocks_BGX = _blocks(logits_BWV).reshape(batch, beams * blocks, _BLOCK)
+        maxima_BG = (maxima_BWG + base_BW[..., None]).reshape(batch, beams * blocks)
+        goes_on_GX = jnp.asarray(self._goes_on_GX)
         ids_1X = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
 
         def pick(
             index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            maxima_BN, sums_BK, picked_BK = state
-            block_B1 = _first(maxima_BN == jnp.max(maxima_BN, axis=1, keepdims=True))
-            values_BX = jnp.take_along_axis(blocks_BNX, block_B1[..., None], axis=1)[:, 0]
+            maxima_BG, sums_BC, picked_BC = state
+            block_B1 = _first(maxima_BG == jnp.max(maxima_BG, axis=1, keepdims=True))
+            values_BX = jnp.take_along_axis(blocks_BGX, block_B1[..., None], axis=1)[:, 0]
             values_BX += jnp.take_along_axis(base_BW, block_B1 // blocks, axis=1)
-            gone_BX = jnp.any((block_B1 * _BLOCK + ids_1X)[..., None] == picked_BK[:, None], axis=-1)
-            values_BX = jnp.where(goes_on_NX[block_B1[:, 0] % blocks] & ~gone_BX, values_BX, -jnp.inf)
+            gone_BX = jnp.any((block_B1 * _BLOCK + ids_1X)[..., None] == picked_BC[:, None], axis=-1)
+            values_BX = jnp.where(goes_on_GX[block_B1[:, 0] % blocks] & ~gone_BX, values_BX, -jnp.inf)
             # Taken anew: logits that are computed twice may differ from what `maxima` saw in the last bit.
             sum_B1 = jnp.max(values_BX, axis=1, keepdims=True)
             within_B1 = _first(values_BX == sum_B1)
             rest_B1 = jnp.max(jnp.where(ids_1X == within_B1, -jnp.inf, values_BX), axis=1, keepdims=True)
-            maxima_BN = jnp.where(jnp.arange(beams * blocks)[None] == block_B1, rest_B1, maxima_BN)
+            maxima_BG = jnp.where(jnp.arange(beams * blocks)[None] == block_B1, rest_B1, maxima_BG)
             return (
-                maxima_BN,
-                jax.lax.dynamic_update_index_in_dim(sums_BK, sum_B1[:, 0], index, axis=1),
-                jax.lax.dynamic_update_index_in_dim(picked_BK, (block_B1 * _BLOCK + within_B1)[:, 0], index, axis=1),
+                maxima_BG,
+                jax.lax.dynamic_update_index_in_dim(sums_BC, sum_B1[:, 0], index, axis=1),
+                jax.lax.dynamic_update_index_in_dim(picked_BC, (block_B1 * _BLOCK + within_B1)[:, 0], index, axis=1),
             )
 
-        state = (maxima_BN, jnp.full((batch, count), -jnp.inf), jnp.full((batch, count), -1, jnp.int32))
-        _, sums_BK, picked_BK = jax.lax.fori_loop(0, count, pick, state, unroll=count <= _UNROLLED)
-        tokens_BK = jnp.minimum(picked_BK % (blocks * _BLOCK), logits_BWV.shape[-1] - 1)
-        return sums_BK, picked_BK // (blocks * _BLOCK), tokens_BK
+        state = (maxima_BG, jnp.full((batch, count), -jnp.inf), jnp.full((batch, count), -1, jnp.int32))
+        _, sums_BC, picked_BC = jax.lax.fori_loop(0, count, pick, state, unroll=count <= _UNROLLED)
+        tokens_BC = jnp.minimum(picked_BC % (blocks * _BLOCK), logits_BWV.shape[-1] - 1)
+        return sums_BC, picked_BC // (blocks * _BLOCK), tokens_BC
 
 
 def _blocks(logits_BWV: jax.Array) -> jax.Array:
-    """The logits [B, W, N, X] in N blocks, filled up with -inf."""
+    """The logits [B, W, G, X] in G blocks, filled up with -inf."""
     short = -logits_BWV.shape[-1] % _BLOCK
     if short:
         logits_BWV = jnp.pad(logits_BWV, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)

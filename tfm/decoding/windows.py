@@ -6,12 +6,9 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from itertools import zip_longest
-from types import UnionType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from tfm import hosts
-from tfm.config import InputError
 
 T = TypeVar("T")
 
@@ -104,33 +101,3 @@ class Windows(Generic[T]):
 def patience() -> float | None:
     """`PATIENCE` on one host. Several translate one batch together, so each has to make the same ones of a stream."""
     return PATIENCE if hosts.count() == 1 else None
-
-
-def several(lines: Iterable[Any], what: str) -> Iterable[Any]:
-    """The lines. Raises TypeError at a single text, of which each character would be taken for one of them."""
-    if isinstance(lines, str | bytes):
-        raise TypeError(f"{what}: expected several, such as a list, and got one {type(lines).__name__}: write [...]")
-    return lines
-
-
-def checked(lines: Iterable[Any], what: str, first: int = 1, kinds: type | UnionType = str) -> Iterator[Any]:
-    """The lines, counted from `first`. Raises TypeError at one that is none of `kinds`."""
-    for number, line in enumerate(lines, first):
-        if not isinstance(line, kinds):
-            raise TypeError(f"{what} {number}: expected text, and got {type(line).__name__}")
-        yield line
-
-
-_NONE_LEFT = object()
-
-
-def in_step(lines: Iterable[Any], others: Iterable[Any], what: str, first: int) -> Iterator[tuple[Any, Any]]:
-    """Pairs of lines, counted from `first`.
-
-    Raises InputError where one side has more; `what` names the others.
-    """
-    for number, (line, other) in enumerate(zip_longest(lines, others, fillvalue=_NONE_LEFT), first):
-        if line is _NONE_LEFT or other is _NONE_LEFT:
-            more = "more" if line is _NONE_LEFT else "fewer"
-            raise InputError(f"there are {more} {what} than lines: {number - 1} of both")
-        yield line, other

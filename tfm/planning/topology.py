@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 
 from tfm.chips import TPUS, Chip
-from tfm.config import InputError
+from tfm.config import InputError, near
 from tfm.hlo.collectives import BETWEEN_SLICES, Collective
 
 # Of those that Google Cloud offers ("TPU v4", "v5e", "v5p" and "v6e" architecture pages), the ones of whole hosts that
@@ -52,9 +51,8 @@ def topology_of(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if kind not in TOPOLOGIES or shape not in TOPOLOGIES[kind]:
         known = [f"{kind}:{shape}" for kind, shapes in TOPOLOGIES.items() for shape in shapes]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"--topology={name}: no such TPU topology; {hint}there are {', '.join(known)}")
+        hint = near(name, known, otherwise=";")
+        raise InputError(f"--topology={name}: no such TPU topology{hint} there are {', '.join(known)}")
     return Topology(name, TPUS[kind], tuple(int(size) for size in shape.split("x")))
 
 

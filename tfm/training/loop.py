@@ -20,8 +20,8 @@ from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncat
 from tfm.config import Config, InputError
 from tfm.data.batches import Batch, TrainBatches, validation_batches
 from tfm.data.store import TokenStore, open_store, prepare, store_directory
+from tfm.decoding.bleu import corpus_scores
 from tfm.decoding.decoder import check_beam
-from tfm.decoding.scores import corpus_scores
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
 from tfm.training.metrics import MetricsWriter, finite, read_events

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import sacrebleu
 
-from tfm.decoding.scores import corpus_scores, tokenised_bleu
+from tfm.decoding.bleu import corpus_scores, tokenised_bleu
 
 HYPOTHESES = ["the cat sat on the mat", "Ein Haus, das steht.", "Guten Tag!"]
 REFERENCES = ["the cat sat on a mat", "Ein Haus, das noch steht.", "guten Tag!"]
