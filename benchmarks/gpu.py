@@ -208,12 +208,8 @@ def compared(first: str, second: str, file: Path) -> None:
         mesh = make_mesh(run.config.mesh)
         size = Tokenizer.load(run.tokenizer_path).vocab_size
         trainer = trainer_of(run.config, size, mesh)
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            trainer.abstract_state,
-            trainer.state_shardings,
-        )
-        states.append(jax.tree.leaves(CheckpointReader(run).restore(abstract._asdict()).state))
+        restored = CheckpointReader(run).restore(trainer.abstract_state._asdict())
+        states.append(jax.tree.leaves(restored.state))
     equal = [np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*states, strict=True)]
     file.write_text(json.dumps({"arrays_equal_to_the_bit": sum(equal), "arrays": len(equal)}) + "\n")
 

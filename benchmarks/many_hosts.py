@@ -154,18 +154,12 @@ class Run:
         from tfm import sharding
         from tfm.checkpoint import CheckpointReader, RunDirectory
         from tfm.data.tokenizer import Tokenizer
-        from tfm.model.transformer import Transformer
-        from tfm.training.step import Trainer
+        from tfm.training.step import trainer_of
 
         run = RunDirectory.open(self.workdir)
         mesh = sharding.make_mesh(run.config.mesh)
-        model = Transformer(run.config.model, Tokenizer.load(run.tokenizer_path).vocab_size)
-        whole = sharding.replicated(mesh)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-            Trainer(run.config, model, mesh).abstract_state,
-        )
-        restored = CheckpointReader(run).restore(abstract._asdict())
+        trainer = trainer_of(run.config, Tokenizer.load(run.tokenizer_path).vocab_size, mesh)
+        restored = CheckpointReader(run).restore(trainer.abstract_state._asdict())
         if restored is None or restored.step != self.bench.steps:
             raise SystemExit(f"{self.name}: no checkpoint of step {self.bench.steps}")
         leaves = jax.tree_util.tree_leaves_with_path(restored.state)
