@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tfm import sharding
+from tfm import device_memory, sharding
 from tfm.chips import chip_of
 from tfm.config import Config, InputError, MeshConfig
 from tfm.hlo.collectives import BETWEEN_SLICES, traffic
@@ -88,12 +88,12 @@ def plan_here(config: Config, rows_per_chip: int | None = None) -> Plan:
     memory: Plan = {f"{name}_bytes": size for name, size in state.items()}
     memory["gradient_bytes"] = state["parameters"]
     memory["activation_bytes"] = activations
-    total = sum(memory.values())
+    total, available = sum(memory.values()), _memory_of(device)
     return {
         **_about(config, trainer),
         "device": device.device_kind,
-        "memory_per_chip": {**memory, "total_bytes": total, "available_bytes": _memory_of(device, mesh.size)},
-        "fits": total <= _memory_of(device, mesh.size),
+        "memory_per_chip": {**memory, "total_bytes": total, "available_bytes": available},
+        "fits": total <= available,
     }
 
 
@@ -313,15 +313,11 @@ def place(plan: Plan) -> str:
     return plan["topology"] if plan["slices"] == 1 else f"{plan['slices']} x {plan['topology']}"
 
 
-def _memory_of(device: Any, devices: int) -> float:
-    """Bytes of memory that a device has; those of the machine, shared, for simulated devices."""
-    try:
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):
-        limit = None
-    if limit:
-        return float(limit)
+def _memory_of(device: Any) -> float:
+    """Bytes of memory that a device has; where nobody says, what its kind has, or a share of the machine's."""
+    if room := device_memory.room_of(device):
+        return float(room)
     chip = chip_of(device.device_kind)
     if chip is not None:
         return chip.memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
