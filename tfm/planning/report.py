@@ -11,14 +11,14 @@ import jax
 
 from tfm.config import InputError
 from tfm.hlo.collectives import KINDS
-from tfm.planning.plan import Plan, place
+from tfm.planning.plan import Figures, place
 from tfm.sharding import LogicalAxes
 from tfm.training.step import Trainer
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def table(plan: Plan) -> str:
+def table(plan: Figures) -> str:
     """Every figure of a plan, one a line, in the order and by the names of its JSON."""
     lines = [f"{place(plan)}, mesh {_mesh(plan)}"]
     if "predicted_step_seconds" in plan:
@@ -67,11 +67,11 @@ def _scaled(value: float) -> str:
     return f"{value:.4g} {_PREFIXES[power]}"
 
 
-def _mesh(plan: Plan) -> str:
+def _mesh(plan: Figures) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
 
 
-def sweep_table(plans: Sequence[Plan]) -> str:
+def sweep_table(plans: Sequence[Figures]) -> str:
     """One line a plan of a sweep: what is compared."""
     rows = [("topology", "mesh", "chips", "fits", "GiB/chip", "bound by", "tokens/s", "(sum)", "tokens/s/chip", "MFU")]
     for plan in plans:
@@ -123,7 +123,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def draw_sweep(plans: Sequence[Plan], path: Path) -> None:
+def draw_sweep(plans: Sequence[Figures], path: Path) -> None:
     """A picture of predicted target tokens/s against chips, a line each kind of chip and split of the model.
 
     What doesn't fit is left out. Raises InputError where the file cannot be written.
