@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+from tfm.training.metrics import read_events
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("train", "predict", "step", "decode", "run", "resume")
 BIG = (
@@ -163,9 +165,9 @@ def corpus_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def events(workdir: Path) -> list[dict]:
-    """The whole lines of the log so far."""
+    """The log so far."""
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    return list(read_events(path)) if path.exists() else []
 
 
 def resume(arguments: argparse.Namespace, file: Path) -> None:

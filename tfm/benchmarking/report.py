@@ -93,14 +93,15 @@ def device(one: Any) -> dict[str, Any]:
         "platform": one.platform,
         "devices_present": jax.device_count(),
         "processes": jax.process_count(),
-        "host_processor": _processor(),
+        "host_processor": processor(),
         "host_cores": cores,
         "host_system": platform.platform(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)},
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU's model, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
