@@ -95,7 +95,8 @@ def device(one: Any) -> dict[str, Any]:
         "processes": jax.process_count(),
         "host_processor": processor(),
         "host_cores": cores,
-        "host_system": platform.platform(),
+        # Without the name of the kernel's build, which says nothing about speed and may be private.
+        "host_system": f"{platform.system()} {platform.machine()}",
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)},
     }
 
