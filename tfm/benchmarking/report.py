@@ -17,6 +17,7 @@ import jax
 from tfm import __version__
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config
+from tfm.tables import aligned
 from tfm.training.metrics import finite
 
 FORMAT = 1
@@ -132,16 +133,6 @@ def profile_table(parts: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return aligned(rows, left=1)
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Rows of cells as lines; the first `left` columns begin at their left edge, all others end at their right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
-    return "\n".join(lines)
 
 
 def _cell(value: float | None, unit: float, digits: int) -> str:

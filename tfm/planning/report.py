@@ -13,6 +13,7 @@ from tfm.config import InputError
 from tfm.hlo.collectives import KINDS
 from tfm.planning.plan import Figures, place
 from tfm.sharding import LogicalAxes
+from tfm.tables import aligned
 from tfm.training.step import Trainer
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -93,7 +94,8 @@ def sweep_table(plans: Sequence[Figures]) -> str:
                 f"{plan['predicted_model_flops_utilisation']:.1%}",
             )
         )
-    return _aligned(rows) + "Tokens/s and MFU are predictions: were everything to overlap, and (sum) nothing.\n"
+    note = "Tokens/s and MFU are predictions: were everything to overlap, and (sum) nothing."
+    return f"{aligned(rows, left=len(rows[0]))}\n{note}\n"
 
 
 def parameter_table(trainer: Trainer) -> str:
@@ -109,18 +111,12 @@ def parameter_table(trainer: Trainer) -> str:
         shape = " x ".join(map(str, leaf.shape))
         name = "/".join(str(getattr(key, "key", key)) for key in path)
         rows.append((name, shape, _names(names), _names(tuple(where.spec)), f"{size:,}"))
-    return _aligned([*rows, ("total", "", "", "", f"{total:,}")])
+    rows.append(("total", "", "", "", f"{total:,}"))
+    return aligned(rows, left=len(rows[0])) + "\n"
 
 
 def _names(axes: LogicalAxes) -> str:
     return ", ".join("-" if axis is None else "+".join([axis] if isinstance(axis, str) else axis) for axis in axes)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
-    )
 
 
 def draw_sweep(plans: Sequence[Figures], path: Path) -> None:
