@@ -24,7 +24,7 @@ import numpy as np
 from tfm import sharding
 from tfm.benchmarking.train import DISTINCT_BATCHES, workload
 from tfm.commands.options import parse
-from tfm.config import Config
+from tfm.config import Config, InputError
 from tfm.training.loop import train
 from tfm.training.step import trainer_of
 
@@ -131,4 +131,8 @@ def _logged(config: Config, workdir: Path, part: int, steps: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"benchmarks/agreement.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -18,10 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from train_step import LAYERS, tfm_trainer
+
+from tfm.commands.lines import write_text
 
 Change = contextlib.AbstractContextManager
 
@@ -254,11 +257,8 @@ def main() -> None:
         spread = f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}"
         print(f"{name:<18} {results[name]['times_as_fast_median']:5.2f} times as fast ({spread})", file=sys.stderr)
     report = {"what": vars(arguments), "jax": jax.__version__, "command": sys.argv, "candidates": results}
-    if arguments.json == "-":
-        print(json.dumps(report, indent=2))
-    elif arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(json.dumps(report, indent=2) + "\n")
+    if arguments.json:
+        write_text(Path(arguments.json), json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from tfm.allocator import keep_freed_memory
+from tfm.commands.lines import write_text
 
 VOCAB, BOS, EOS = 10_000, 2, 1
 Batch = Callable[[int], None]  # translates all sentences, in batches of so many
@@ -190,15 +191,6 @@ def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespac
     return run
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n")
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     keep_freed_memory()  # before any toolkit starts threads
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,11 +213,13 @@ def main() -> None:
     else:  # all of them are on the device at the same time
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         os.environ["JAX_PLATFORMS"] = "cuda"
+    from tfm.benchmarking.report import processor
+
     sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
     report = {
         "what": vars(arguments),
         "python": platform.python_version(),
-        "cpu": processor(),
+        "cpu": f"{processor()}, {os.cpu_count()} cores",
         "command": " ".join(sys.argv),
         "results": [],
     }
@@ -245,11 +239,8 @@ def main() -> None:
             }
             searches = {name: make() for name, make in makers.items() if name not in arguments.without}
             report["results"].append(compare(searches, beam, len(sentences), arguments.rows, arguments.rounds))
-    text = json.dumps(report, indent=2)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        Path(arguments.json).write_text(text + "\n")
+    if arguments.json:
+        write_text(Path(arguments.json), json.dumps(report, indent=2) + "\n")
 
 
 def compare(searches: dict[str, Batch], beam: int, lines: int, rows: list[int], rounds: int) -> dict:

@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+from tfm.training.metrics import read_events
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("train", "predict", "step", "decode", "run", "resume")
 BIG = (
@@ -163,9 +165,9 @@ def corpus_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def events(workdir: Path) -> list[dict]:
-    """The whole lines of the log so far."""
+    """The log so far."""
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    return list(read_events(path)) if path.exists() else []
 
 
 def resume(arguments: argparse.Namespace, file: Path) -> None:
@@ -208,12 +210,8 @@ def compared(first: str, second: str, file: Path) -> None:
         mesh = make_mesh(run.config.mesh)
         size = Tokenizer.load(run.tokenizer_path).vocab_size
         trainer = trainer_of(run.config, size, mesh)
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            trainer.abstract_state,
-            trainer.state_shardings,
-        )
-        states.append(jax.tree.leaves(CheckpointReader(run).restore(abstract._asdict()).state))
+        restored = CheckpointReader(run).restore(trainer.abstract_state._asdict())
+        states.append(jax.tree.leaves(restored.state))
     equal = [np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*states, strict=True)]
     file.write_text(json.dumps({"arrays_equal_to_the_bit": sum(equal), "arrays": len(equal)}) + "\n")
 

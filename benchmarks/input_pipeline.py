@@ -18,6 +18,7 @@ import jax
 
 from tfm import sharding
 from tfm.commands.options import parse
+from tfm.config import InputError
 from tfm.data.batches import TrainBatches
 from tfm.data.store import prepare, store_directory
 from tfm.training.step import trainer_of
@@ -76,4 +77,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"benchmarks/input_pipeline.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -24,6 +24,7 @@ from jax.sharding import AxisType
 
 from tfm import sharding
 from tfm.checkpoint import RunDirectory
+from tfm.commands.lines import write_text
 from tfm.config import Config
 from tfm.data.corpus import to_text
 from tfm.decoding.translation import Translation
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--max_extra_tokens", type=int, help="beyond those of the source; the run's own if unset")
     parser.add_argument("--wide", type=int, default=64, help="beam that search errors are counted against; 0 is none")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--json", help="file for the results; - is standard output")
+    parser.add_argument("--json", type=Path, help="file for the results; - is standard output")
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     sharding.use_compilation_cache()
@@ -65,11 +66,8 @@ def main() -> None:
     report["independence"] = {
         dtype: independence(arguments.workdir, config, lines, arguments.beam, dtype) for dtype in arguments.dtypes
     }
-    text = json.dumps(report, indent=2)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        Path(arguments.json).write_text(text + "\n")
+    if arguments.json:
+        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
 
 
 def say(text: str) -> None:

@@ -38,11 +38,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tfm.allocator import keep_freed_memory
+from tfm.commands.lines import write_text
 
 if TYPE_CHECKING:  # nothing may import JAX before its threads are limited
     from tfm.data.batches import Batch
@@ -280,12 +282,8 @@ def main() -> None:
     for shape in arguments.shapes:
         rows, length = map(int, shape.split("x"))
         report["results"].append(compare(rows, length, arguments))
-    text = json.dumps(report, indent=2)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+    if arguments.json:
+        write_text(Path(arguments.json), json.dumps(report, indent=2) + "\n")
 
 
 def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:

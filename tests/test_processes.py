@@ -101,12 +101,7 @@ def final_state(workdir: Path) -> dict[str, bytes]:
     run = RunDirectory.open(workdir)
     mesh = sharding.make_mesh(run.config.mesh)
     model = Transformer(run.config.model, Tokenizer.load(run.tokenizer_path).vocab_size)
-    whole = sharding.replicated(mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        Trainer(run.config, model, mesh).abstract_state,
-    )
-    restored = CheckpointReader(run).restore(abstract._asdict())
+    restored = CheckpointReader(run).restore(Trainer(run.config, model, mesh).abstract_state._asdict())
     assert restored.step == STEPS
     leaves = jax.tree_util.tree_leaves_with_path(restored.state)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

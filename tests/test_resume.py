@@ -89,9 +89,7 @@ def final_state(workdir: Path) -> dict:
     mesh = sharding.make_mesh(run.config.mesh, jax.devices()[:2])
     vocab_size = Tokenizer.load(run.tokenizer_path).vocab_size
     state = Trainer(run.config, Transformer(run.config.model, vocab_size), mesh).abstract_state
-    whole = sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
-    restored = CheckpointReader(run).restore(abstract._asdict())
+    restored = CheckpointReader(run).restore(state._asdict())
     assert restored.step == STEPS
     return restored.state
 

@@ -237,6 +237,7 @@ def test_adam_s_moments_lie_as_their_parameters(name):
     (adam,) = [part for part in trainer.state_shardings.optimizer if hasattr(part, "mu")]
     assert adam.mu == adam.nu == trainer.state_shardings.parameters
     assert adam.count.spec == spec()
+    assert jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract_state) == trainer.state_shardings
 
 
 def test_adafactor_s_statistics_lie_as_their_parameters_without_the_reduced_axis():

@@ -23,11 +23,7 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
     training = config.training
     model = Transformer(config.model, config.data.vocab_size, dtype, training.remat, training.unroll_layers or 1)
     trainer = Trainer(config, model, mesh)
-
-    def abstract(tree, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-    state = abstract(trainer.abstract_state, trainer.state_shardings)
+    state = trainer.abstract_state
     rows = config.rows_per_batch
 
     def row_field(length: int | None = None) -> jax.ShapeDtypeStruct:
@@ -37,7 +33,8 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
     source, target = config.data.source_row_length, config.data.target_row_length
     batch = Batch(*[row_field(source)] * 3, *[row_field(target)] * 4, row_field())
     decoder = Decoder([model], mesh, config.decoding, banned=(0, 2, 3))
-    decoder._parameters = abstract(jax.eval_shape(decoder._laid_out, (state.parameters,)), decoder._shardings)
+    laid_out = jax.eval_shape(decoder._laid_out, (state.parameters,))
+    decoder._parameters = sharding.placed(laid_out, decoder._shardings)
     bucket = decoder.buckets[0]
     sentences = Sentences(jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32))
     search = functools.partial(decoder._search, bucket)

@@ -30,7 +30,10 @@ def room_of(device: Any) -> int | None:
 
     Of a CPU, what the system has, in equal shares where one CPU stands for several devices.
     """
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        limit = None
     if limit is not None or device.platform != "cpu":
         return limit
     try:

@@ -87,12 +87,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     within, across = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1)
     try:  # an axis of the mesh may have a part of one of the grid's, as `jax.make_mesh` allows on v5e alone
         if config.slices == 1:
-            placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+            grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
         else:
-            placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+            grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     except NotImplementedError as error:
         raise ConfigError(f"{asked}: cannot be laid out on these devices: {' '.join(str(error).split())}") from error
-    return Mesh(placed, AXES, axis_types=auto)
+    return Mesh(grid, AXES, axis_types=auto)
 
 
 def _slices(devices: Sequence[Any]) -> int:
@@ -335,6 +335,11 @@ def optimizer_shardings(mesh: Mesh, state: Any, parameters: Any, axes: Any) -> A
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes that say where they lie: each leaf of `abstract` with its sharding, out of a tree of the same form."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def _names(path: Any) -> tuple[str, ...]:

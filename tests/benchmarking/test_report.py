@@ -1,6 +1,7 @@
 """Tables that line up, JSON that is written or refused."""
 
 import json
+import platform
 
 import jax
 
@@ -29,6 +30,11 @@ def test_what_is_no_number_is_null():
 
 def test_versions_are_of_what_decides_about_speed():
     assert {"tfm", "python", "jax", "jaxlib", "numpy"} <= set(versions())
+
+
+def test_the_build_of_the_kernel_is_nobody_s_business():
+    told = device(jax.devices()[0])["host_system"]
+    assert platform.machine() in told and platform.release() not in told
 
 
 def test_what_the_environment_decides_is_told(monkeypatch):

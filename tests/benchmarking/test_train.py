@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tfm import device_memory, sharding
-from tfm.benchmarking import programs
+from tfm.benchmarking import programs, train
 from tfm.benchmarking.train import TrainTiming, time_training, unrolled_flops, workload
 from tfm.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from tfm.device_memory import OutOfDeviceMemory
@@ -129,6 +129,7 @@ def test_figures_follow_from_the_clock(tiny, devices, peak, monkeypatch):
     """A clock that goes faster and faster: stages of 1, 3 and 5 s, a step of 9 s before the five that count."""
     clock = SimpleNamespace(perf_counter=map(lambda n: float(n * n), itertools.count()).__next__)
     monkeypatch.setattr(programs, "time", clock)
+    monkeypatch.setattr(train, "time", clock)
     timed = time_training(tiny, devices, TrainTiming(steps=5, warmup=1), peak)
     stages = [timed[f"compile_{stage}seconds"] for stage in ("", "trace_", "lower_", "backend_")]
     assert stages == [9, 1, 3, 5]

@@ -79,7 +79,7 @@ def test_a_failure_late_in_a_sweep_keeps_what_was_planned(monkeypatch, tmp_path,
 
 
 def test_what_does_not_fit_is_reported_in_full_and_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("tfm.planning.plan._memory_of", lambda device, devices: 1000.0)
+    monkeypatch.setattr("tfm.device_memory.room_of", lambda device: 1000)
     path = tmp_path / "plan.json"
     assert plan(f"--json={path}") == 2
     assert json.loads(path.read_text())["fits"] is False

@@ -17,6 +17,7 @@ import jax
 from tfm import __version__
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config
+from tfm.tables import aligned
 from tfm.training.metrics import finite
 
 FORMAT = 1
@@ -93,14 +94,16 @@ def device(one: Any) -> dict[str, Any]:
         "platform": one.platform,
         "devices_present": jax.device_count(),
         "processes": jax.process_count(),
-        "host_processor": _processor(),
+        "host_processor": processor(),
         "host_cores": cores,
-        "host_system": platform.platform(),
+        # Without the name of the kernel's build, which says nothing about speed and may be private.
+        "host_system": f"{platform.system()} {platform.machine()}",
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)},
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU's model, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -130,16 +133,6 @@ def profile_table(parts: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return aligned(rows, left=1)
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Rows of cells as lines; the first `left` columns begin at their left edge, all others end at their right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
-    return "\n".join(lines)
 
 
 def _cell(value: float | None, unit: float, digits: int) -> str:

@@ -6,8 +6,8 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ from tfm.benchmarking.rates import per_second, utilisation
 from tfm.benchmarking.synthetic import SyntheticStore, SyntheticTable
 from tfm.config import Config, ConfigError
 from tfm.data.batches import Batch, TrainBatches
-from tfm.data.store import open_store, prepare
+from tfm.data.store import open_store, prepare, store_directory
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 from tfm.model.transformer import count_parameters
@@ -77,13 +77,10 @@ def workload(config: Config, lengths: Lengths) -> Iterator[Workload]:
         )
         yield Workload(data.vocab_size, TrainBatches(SyntheticStore(table), data.train_split, config))
         return
-    with contextlib.ExitStack() as stack:
-        if data.store is not None:
-            directory = os.path.expanduser(data.store)
-        elif hosts.count() > 1:
-            raise ConfigError("data.store: several hosts read one token store: name a directory that all of them see")
-        else:
-            directory = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "store")
+    if not data.store and hosts.count() > 1:
+        raise ConfigError("data.store: several hosts read one token store: name a directory that all of them see")
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = store_directory(config, temporary)
         store = hosts.first_does(lambda: prepare(config, directory)) or open_store(directory, data.cache_dir)
         yield Workload(store.tokenizer.vocab_size, TrainBatches(store, data.train_split, config, remember=False))
 
@@ -117,7 +114,6 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
             trace = profiled(timing.profile, steps.compiled, steps.step, _PROFILED_STEPS, "update")
         median = float(np.median(seconds))
         shape = (batches.rows_per_batch, batches.source_length, batches.target_length)
-        padding = dict(zip(("source_padding", "target_padding"), _padding(contents, *shape), strict=True))
         return {
             "lengths": timing.lengths,
             "pipeline": timing.pipeline,
@@ -132,7 +128,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
             **steps.compile_seconds,
             **programs.spread("step", seconds),
             **per_second(contents, median, len(devices)),
-            **padding,
+            **_padding(contents, *shape),
             **utilisation(
                 train_step_flops(config.model, vocab_size, *shape),
                 unrolled_flops(config, vocab_size, mesh),
@@ -187,14 +183,10 @@ class _Steps:
         with contextlib.closing(self._stream(count)) as stream:
             seconds = []
             for number in range(count):
-                k = None
-
-                def one() -> Any:
-                    nonlocal k
-                    k, batch = next(stream)
-                    return self.step(batch)
-
-                seconds.append(programs.seconds_of(one))
+                start = time.perf_counter()
+                k, batch = next(stream)
+                jax.block_until_ready(self.step(batch))
+                seconds.append(time.perf_counter() - start)
                 if number >= self._timing.warmup:
                     self.used.append(k)
         return seconds[self._timing.warmup :]
@@ -269,9 +261,9 @@ def _contents(batches: Sequence[Batch], times: Sequence[int]) -> dict[str, float
     }
 
 
-def _padding(contents: dict[str, float], rows: int, source_length: int, target_length: int) -> tuple[float, float]:
+def _padding(contents: dict[str, float], rows: int, source_length: int, target_length: int) -> dict[str, float]:
     """Share of the positions of either side that hold no token."""
-    return (
-        1 - contents["source_tokens"] / (rows * source_length),
-        1 - contents["target_tokens"] / (rows * target_length),
-    )
+    return {
+        "source_padding": 1 - contents["source_tokens"] / (rows * source_length),
+        "target_padding": 1 - contents["target_tokens"] / (rows * target_length),
+    }

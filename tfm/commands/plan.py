@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         following = plan.sweep(config, slices, meshes, arguments.rows_per_chip)
     else:
         following = iter([plan.plan_here(config, arguments.rows_per_chip)])
-    plans: list[plan.Plan] = []
+    plans: list[plan.Figures] = []
     try:
         for each in following:
             plans.append(each)

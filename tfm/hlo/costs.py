@@ -16,28 +16,15 @@ from tfm.hlo.program import Computation, Instruction, Program, arrays, dimension
 _NAMING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "iota"}
 _FRAMING = {"while", "conditional", "call", "after-all", "opt-barrier", "async-start", "async-update"}
 
-
 # One FLOP an element of the result, as XLA counts them; integers, too.
 _ELEMENTWISE = {
-    "add",
-    "subtract",
-    "multiply",
-    "divide",
-    "negate",
-    "maximum",
-    "minimum",
-    "abs",
-    "and",
-    "or",
-    "xor",
-    "not",
+    *("add", "subtract", "multiply", "divide", "negate", "abs", "maximum", "minimum", "clamp"),
+    *("floor", "round", "sign", "compare", "select", "convert"),
+    *("and", "or", "xor", "not", "shift-left", "shift-right-logical"),
 }
-_ELEMENTWISE |= {"compare", "select", "convert", "clamp", "shift-left", "shift-right-logical", "floor", "round", "sign"}
-
-
+# Copies between a chip's main memory and the one on the chip itself, and how many times their size XLA counts.
 _COPIES = {"copy-start": 4.0, "slice-start": 3.0}
-
-
+# What a kernel, of which XLA sees nothing else, declares of its FLOPs.
 _DECLARED = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 
 
@@ -77,7 +64,7 @@ def bytes_accessed(program: Program, *, in_main_memory: bool = False) -> tuple[f
     once = total = 0.0
     for computation, instruction, times, fused in program.executed():
         if not fused:
-            moved = moved_bytes(program, computation, instruction, in_main_memory=in_main_memory)
+            moved = _moved_bytes(program, computation, instruction, in_main_memory=in_main_memory)
             once, total = once + moved, total + moved * times
     return once, total
 
@@ -96,7 +83,7 @@ def copied_bytes_by_xla(program: Program) -> float:
     return total
 
 
-def moved_bytes(
+def _moved_bytes(
     program: Program, computation: Computation, instruction: Instruction, *, in_main_memory: bool = False
 ) -> float:
     """Bytes that one instruction outside a fusion reads and writes."""
@@ -119,14 +106,14 @@ def moved_bytes(
         return _fusion_bytes(program, instruction, shapes, size)
     if opcode == "dynamic-update-slice":
         update = shapes[instruction.operands[1]]
-        return _moved(shape_bytes(update), size(update), size(instruction.shape))
+        return _part_moved(shape_bytes(update), size(update), size(instruction.shape))
     if opcode in ("dynamic-slice", "slice", "gather"):
         whole = shapes[instruction.operands[0]]
-        return _moved(shape_bytes(instruction.shape), size(whole), size(instruction.shape))
+        return _part_moved(shape_bytes(instruction.shape), size(whole), size(instruction.shape))
     return float(size(instruction.shape) + sum(size(shapes[name]) for name in instruction.operands))
 
 
-def _moved(part: int, *places: int) -> float:
+def _part_moved(part: int, *places: int) -> float:
     """Bytes of a part that is read in one place and written in another, for each of them that counts."""
     return float(part * sum(place > 0 for place in places))
 

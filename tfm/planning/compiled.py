@@ -69,9 +69,9 @@ class DecodeStep:
 
 def compile_train_step(trainer: Trainer) -> Compiled:
     """Compiles one update ahead of time. Raises OutOfMemory."""
-    state = jax.tree.map(_placed, trainer.abstract_state, trainer.state_shardings)
     with jax.set_mesh(trainer.mesh):
-        return _compiled(trainer.train_step.lower(state, trainer.abstract_batch()), trainer.mesh.size)
+        lowered = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())
+        return _compiled(lowered, trainer.mesh.size)
 
 
 def activation_bytes(trainer: Trainer) -> float:
@@ -143,17 +143,13 @@ def bytes_on_a_device(placed: Any) -> float:
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-
 def state_bytes(trainer: Trainer) -> dict[str, float]:
     """Bytes a device of the parameters, of the optimizer's state and of the parameters' moving average."""
-    state, where = trainer.abstract_state, trainer.state_shardings
+    state = trainer.abstract_state
     return {
-        "parameters": bytes_on_a_device(jax.tree.map(_placed, state.parameters, where.parameters)),
-        "optimizer": bytes_on_a_device(jax.tree.map(_placed, state.optimizer, where.optimizer)),
-        "moving_average": 0.0 if state.ema is None else bytes_on_a_device(jax.tree.map(_placed, state.ema, where.ema)),
+        "parameters": bytes_on_a_device(state.parameters),
+        "optimizer": bytes_on_a_device(state.optimizer),
+        "moving_average": bytes_on_a_device(state.ema),
     }
 
 

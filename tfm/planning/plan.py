@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tfm import sharding
+from tfm import device_memory, sharding
 from tfm.chips import chip_of
 from tfm.config import Config, InputError, MeshConfig
 from tfm.hlo.collectives import BETWEEN_SLICES, traffic
@@ -36,7 +36,8 @@ from tfm.training.step import Trainer, trainer_of
 
 _log = logging.getLogger(__name__)
 
-Plan = dict[str, Any]
+Figures = dict[str, Any]
+"""Of a plan, or of a part of it, by name."""
 
 
 def scaled(config: Config, rows_per_chip: int | None, chips: int) -> Config:
@@ -75,31 +76,30 @@ def _slices(config: Config, topology: Topology) -> Topology:
     return dataclasses.replace(topology, slices=config.mesh.slices)
 
 
-def plan_here(config: Config, rows_per_chip: int | None = None) -> Plan:
+def plan_here(config: Config, rows_per_chip: int | None = None) -> Figures:
     """Parameters, FLOPs by formula and memory on the devices at hand; nothing is compiled.
 
     Raises:
       ConfigError: a mesh or a batch that doesn't divide.
     """
     trainer = trainer_on(config, None, rows_per_chip)
-    config, mesh = trainer.config, trainer.mesh
-    device = mesh.devices.flat[0]
+    device = trainer.mesh.devices.flat[0]
     state, activations = state_bytes(trainer), activation_bytes(trainer)
-    memory: Plan = {f"{name}_bytes": size for name, size in state.items()}
+    memory: Figures = {f"{name}_bytes": size for name, size in state.items()}
     memory["gradient_bytes"] = state["parameters"]
     memory["activation_bytes"] = activations
-    total = sum(memory.values())
+    total, available = sum(memory.values()), _memory_of(device)
     return {
-        **_about(config, trainer),
+        **_about(trainer),
         "device": device.device_kind,
-        "memory_per_chip": {**memory, "total_bytes": total, "available_bytes": _memory_of(device, mesh.size)},
-        "fits": total <= _memory_of(device, mesh.size),
+        "memory_per_chip": {**memory, "total_bytes": total, "available_bytes": available},
+        "fits": total <= available,
     }
 
 
 def sweep(
     config: Config, slices: Sequence[Topology], meshes: Sequence[MeshConfig], rows_per_chip: int | None = None
-) -> Iterator[Plan]:
+) -> Iterator[Figures]:
     """`plan_for` of each slice with each mesh. What cannot be planned at all is refused before anything is compiled."""
     configs = [dataclasses.replace(config, mesh=mesh).validate() for mesh in meshes]
     for where in slices:
@@ -110,7 +110,7 @@ def sweep(
             yield plan_for(each, where, rows_per_chip)
 
 
-def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = None) -> Plan:
+def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = None) -> Figures:
     """All that compiling the train step and the decode step for a slice of TPUs tells, and the predicted times.
 
     Of `mesh.slices` such slices where the config says so. A model that doesn't fit gives a plan with `fits` false and,
@@ -122,7 +122,7 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
     trainer, topology = trainer_on(config, topology, rows_per_chip), _slices(config, topology)
     config, mesh = trainer.config, trainer.mesh
     about = {"topology": topology.name, "slices": topology.slices, "chip": topology.chip.name}
-    plan = {**_about(config, trainer), **about}
+    plan = {**_about(trainer), **about}
     _log.info("%s: compiling the train step for the mesh %s", topology, dict(mesh.shape))
     start = time.perf_counter()
     try:
@@ -133,7 +133,7 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
         memory |= {"total_bytes": error.needed, "available_bytes": error.room}
         return {**plan, "memory_per_chip": memory, "fits": False, "lacking_bytes": lacking, "remedy": _remedy(trainer)}
     _log.info("%s: compiled in %.0f s; now the decode step", topology, time.perf_counter() - start)
-    plan |= _train_plan(trainer, topology, step)
+    plan |= _train_plan(trainer, topology, step, plan)
     try:
         plan["decode"] = _decode_plan(config, topology, mesh, plan)
     except OutOfMemory as error:
@@ -146,9 +146,9 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
     return plan
 
 
-def _about(config: Config, trainer: Trainer) -> Plan:
+def _about(trainer: Trainer) -> Figures:
     """What is so on any chip."""
-    model, data, rows = config.model, config.data, config.rows_per_batch
+    model, data, rows = trainer.config.model, trainer.config.data, trainer.config.rows_per_batch
     return {
         "parameters": count_parameters(trainer.model),
         "mesh": {axis: int(size) for axis, size in trainer.mesh.shape.items()},
@@ -162,8 +162,8 @@ def _about(config: Config, trainer: Trainer) -> Plan:
     }
 
 
-def _train_plan(trainer: Trainer, topology: Topology, step: Compiled) -> Plan:
-    about, chip, counts = _about(trainer.config, trainer), topology.chip, step.counts
+def _train_plan(trainer: Trainer, topology: Topology, step: Compiled, about: Figures) -> Figures:
+    chip, counts = topology.chip, step.counts
     chips, tokens = about["chips"], about["target_tokens_per_step"]
     formula_flops = about["flops_per_step"] / chips
     prediction = _prediction(counts, topology, trainer.mesh)
@@ -213,7 +213,7 @@ def _prediction(counts: Counts, topology: Topology, mesh: Mesh) -> Prediction:
     return predict(topology.chip, counts.flops, counts.main_memory_bytes, interconnect, network)
 
 
-def _memory(trainer: Trainer, step: Compiled, available: float) -> Plan:
+def _memory(trainer: Trainer, step: Compiled, available: float) -> Figures:
     """Bytes on each chip. What the compiler holds beside the state is activations, as far as these are known."""
     state = state_bytes(trainer)
     activations = min(activation_bytes(trainer), step.temporary_bytes)
@@ -242,7 +242,7 @@ def _expected(trainer: Trainer) -> dict[str, float] | None:
     )
 
 
-def _decode_plan(config: Config, topology: Topology, mesh: Mesh, training: Plan) -> Plan:
+def _decode_plan(config: Config, topology: Topology, mesh: Mesh, training: Figures) -> Figures:
     """The decode step, and whether that of validation has room beside the state of training. Raises OutOfMemory."""
     step = compile_decode_step(config, mesh)
     chip, counts, bucket = topology.chip, step.compiled.counts, step.bucket
@@ -288,12 +288,12 @@ def _remedy(trainer: Trainer) -> str:
     return "try " + " or ".join([*ways, "fewer training.target_tokens_per_batch"])
 
 
-def refuse_what_does_not_fit(plans: Sequence[Plan]) -> None:
+def refuse_what_does_not_fit(plans: Sequence[Figures]) -> None:
     """Raises InputError where no plan fits: by how much the nearest does not, and which field to change."""
     if any(plan["fits"] for plan in plans):
         return
 
-    def lacking_bytes(plan: Plan) -> float:
+    def lacking_bytes(plan: Figures) -> float:
         memory = plan["memory_per_chip"]
         return plan.get("lacking_bytes", memory["total_bytes"] - memory["available_bytes"])
 
@@ -306,22 +306,18 @@ def refuse_what_does_not_fit(plans: Sequence[Plan]) -> None:
     )
 
 
-def place(plan: Plan) -> str:
+def place(plan: Figures) -> str:
     """What a plan is for, as a title has it."""
     if "topology" not in plan:
         return plan["device"]
     return plan["topology"] if plan["slices"] == 1 else f"{plan['slices']} x {plan['topology']}"
 
 
-def _memory_of(device: Any, devices: int) -> float:
-    """Bytes of memory that a device has; those of the machine, shared, for simulated devices."""
-    try:
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):
-        limit = None
-    if limit:
-        return float(limit)
+def _memory_of(device: Any) -> float:
+    """Bytes of memory that a device has; where nobody says, what its kind has, or a share of the machine's."""
+    if room := device_memory.room_of(device):
+        return float(room)
     chip = chip_of(device.device_kind)
     if chip is not None:
         return chip.memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()

@@ -22,14 +22,17 @@ class Prediction:
 
     @property
     def largest_seconds(self) -> float:
+        """Seconds of a step whose parts all go on at the same time."""
         return max(dataclasses.astuple(self))
 
     @property
     def sum_seconds(self) -> float:
+        """Seconds of a step whose parts come one after the other."""
         return sum(dataclasses.astuple(self))
 
     @property
     def bound_by(self) -> str:
+        """The part that takes longest: "compute", "memory", "interconnect" or "network"."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name]).removesuffix("_seconds")
 

@@ -11,14 +11,15 @@ import jax
 
 from tfm.config import InputError
 from tfm.hlo.collectives import KINDS
-from tfm.planning.plan import Plan, place
+from tfm.planning.plan import Figures, place
 from tfm.sharding import LogicalAxes
+from tfm.tables import aligned
 from tfm.training.step import Trainer
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def table(plan: Plan) -> str:
+def table(plan: Figures) -> str:
     """Every figure of a plan, one a line, in the order and by the names of its JSON."""
     lines = [f"{place(plan)}, mesh {_mesh(plan)}"]
     if "predicted_step_seconds" in plan:
@@ -67,11 +68,11 @@ def _scaled(value: float) -> str:
     return f"{value:.4g} {_PREFIXES[power]}"
 
 
-def _mesh(plan: Plan) -> str:
+def _mesh(plan: Figures) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
 
 
-def sweep_table(plans: Sequence[Plan]) -> str:
+def sweep_table(plans: Sequence[Figures]) -> str:
     """One line a plan of a sweep: what is compared."""
     rows = [("topology", "mesh", "chips", "fits", "GiB/chip", "bound by", "tokens/s", "(sum)", "tokens/s/chip", "MFU")]
     for plan in plans:
@@ -93,7 +94,8 @@ def sweep_table(plans: Sequence[Plan]) -> str:
                 f"{plan['predicted_model_flops_utilisation']:.1%}",
             )
         )
-    return _aligned(rows) + "Tokens/s and MFU are predictions: were everything to overlap, and (sum) nothing.\n"
+    note = "Tokens/s and MFU are predictions: were everything to overlap, and (sum) nothing."
+    return f"{aligned(rows, left=len(rows[0]))}\n{note}\n"
 
 
 def parameter_table(trainer: Trainer) -> str:
@@ -109,21 +111,15 @@ def parameter_table(trainer: Trainer) -> str:
         shape = " x ".join(map(str, leaf.shape))
         name = "/".join(str(getattr(key, "key", key)) for key in path)
         rows.append((name, shape, _names(names), _names(tuple(where.spec)), f"{size:,}"))
-    return _aligned([*rows, ("total", "", "", "", f"{total:,}")])
+    rows.append(("total", "", "", "", f"{total:,}"))
+    return aligned(rows, left=len(rows[0])) + "\n"
 
 
 def _names(axes: LogicalAxes) -> str:
     return ", ".join("-" if axis is None else "+".join([axis] if isinstance(axis, str) else axis) for axis in axes)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
-    )
-
-
-def draw_sweep(plans: Sequence[Plan], path: Path) -> None:
+def draw_sweep(plans: Sequence[Figures], path: Path) -> None:
     """A picture of predicted target tokens/s against chips, a line each kind of chip and split of the model.
 
     What doesn't fit is left out. Raises InputError where the file cannot be written.

@@ -209,17 +209,9 @@ class Run:
         steps = self.checkpointer.steps()
         return f"step {steps[-1]}" if steps else "none yet"
 
-    def _placed_state(self) -> TrainState:
-        """Shapes of the state, and where each array lies."""
-        return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            self.trainer.abstract_state,
-            self.trainer.state_shardings,
-        )
-
     def _resumed(self) -> TrainState | None:
         """The newest good checkpoint, if there is one; the log is cut to what was known there."""
-        restored = self.checkpointer.resume(_to_dict(self._placed_state()))
+        restored = self.checkpointer.resume(_to_dict(self.trainer.abstract_state))
         step = 0 if restored is None else restored.step
         hosts.first_does(lambda: truncate_metrics(self.run.metrics_path, step))
         if restored is None:
@@ -240,7 +232,7 @@ class Run:
         state = self.trainer.init()
         if initial is None:
             return state
-        restored = CheckpointReader(initial).restore_parameters(self._placed_state().parameters)
+        restored = CheckpointReader(initial).restore_parameters(self.trainer.abstract_state.parameters)
         _log.info("%s: starts from the parameters of %s, step %d", self.run.path, initial.path, restored.step)
         ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, restored.state)
         return state._replace(parameters=restored.state, ema=ema)

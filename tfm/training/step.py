@@ -96,8 +96,9 @@ class Trainer:
         self.axes = sharding.logical_axes(boxed)
         self.optimizer = make_optimizer(config.optimizer, self.axes)
         self.schedule = make_schedule(config)
-        self.abstract_state = jax.eval_shape(self._init)
-        self.state_shardings = self._state_shardings()
+        shapes = jax.eval_shape(self._init)
+        self.state_shardings = self._shardings_of(shapes)
+        self.abstract_state = sharding.placed(shapes, self.state_shardings)
         batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
         self.train_step = jax.jit(
@@ -118,13 +119,11 @@ class Trainer:
         ema = jax.tree.map(jnp.copy, parameters) if self.config.optimizer.ema_decay else None
         return TrainState(zero, parameters, self.optimizer.init(parameters), ema, zero, zero)
 
-    def _state_shardings(self) -> TrainState:
+    def _shardings_of(self, shapes: TrainState) -> TrainState:
         whole = sharding.replicated(self.mesh)
-        parameters = sharding.parameter_shardings(self.mesh, self.abstract_state.parameters, self.axes)
-        optimizer = sharding.optimizer_shardings(
-            self.mesh, self.abstract_state.optimizer, self.abstract_state.parameters, self.axes
-        )
-        ema = None if self.abstract_state.ema is None else parameters
+        parameters = sharding.parameter_shardings(self.mesh, shapes.parameters, self.axes)
+        optimizer = sharding.optimizer_shardings(self.mesh, shapes.optimizer, shapes.parameters, self.axes)
+        ema = None if shapes.ema is None else parameters
         return TrainState(whole, parameters, optimizer, ema, whole, whole)
 
     def abstract_batch(self) -> Batch:

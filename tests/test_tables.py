@@ -1,0 +1,13 @@
+"""Tables line up."""
+
+from tfm.tables import aligned
+
+ROWS = [("name", "number", "note"), ("a", "1,000", ""), ("longer", "2", "odd")]
+
+
+def test_columns_begin_at_their_left_edge_or_end_at_their_right():
+    assert aligned(ROWS, left=1) == "name    number  note\na        1,000\nlonger       2   odd"
+
+
+def test_a_table_of_words_alone_has_nothing_behind_its_lines():
+    assert aligned(ROWS, left=3) == "name    number  note\na       1,000\nlonger  2       odd"
