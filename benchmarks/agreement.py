@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tfm import sharding
+from tfm import backend, sharding
 from tfm.benchmarking.train import DISTINCT_BATCHES, workload
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
@@ -50,7 +50,7 @@ class Arguments:
 
 def main() -> None:
     arguments, config = parse("benchmarks/agreement.py", sys.argv[1:], Arguments)
-    sharding.use_compilation_cache()
+    backend.use_compilation_cache()
     data = dataclasses.replace(config.data, store=str(arguments.workdir / "store"))
     config = dataclasses.replace(config, data=data)
     mesh = sharding.make_mesh(config.mesh)

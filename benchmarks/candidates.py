@@ -237,9 +237,9 @@ def main() -> None:
     arguments.devices = arguments.devices or cores
     import jax
 
-    from tfm import sharding
+    from tfm import backend
 
-    sharding.first_devices(arguments.devices)  # as many of the CPU, and what is freed kept
+    backend.first_devices(arguments.devices)  # as many of the CPU, and what is freed kept
     rows, length = map(int, arguments.shape.split("x"))
     shipped = make_step(rows, length, arguments.devices)
     results = {}

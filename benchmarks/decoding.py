@@ -39,14 +39,14 @@ Batch = Callable[[int], None]  # translates all sentences, in batches of so many
 def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
     import jax
 
-    from tfm import sharding
+    from tfm import backend, sharding
     from tfm.commands.options import load_config
     from tfm.config import DecodingConfig
     from tfm.decoding.decoder import Decoder
     from tfm.model.transformer import Transformer, compute_dtype, init_parameters
 
     count, length = sentences.shape
-    sharding.decode_on_every_core()
+    backend.decode_on_every_core()
     mesh = sharding.decoding_mesh(tensor=1)
     shape = load_config(config).model
     model = Transformer(shape, VOCAB, compute_dtype(shape, jax.default_backend()))

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from tfm import sharding
+from tfm import backend, sharding
 from tfm.checkpoint import RunDirectory
 from tfm.commands.lines import write_text
 from tfm.config import Config
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the results; - is standard output")
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    sharding.use_compilation_cache()
+    backend.use_compilation_cache()
     content = arguments.source.read_bytes()
     content = gzip.decompress(content) if arguments.source.suffix == ".gz" else content
     lines = [to_text(line) for line in content.split(b"\n")[: arguments.lines]]

@@ -88,7 +88,7 @@ def tfm_trainer(
     """tfm's trainer on that many devices, and a batch that lies on them."""
     import jax
 
-    from tfm import sharding
+    from tfm import backend, sharding
     from tfm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
     from tfm.data.batches import Batch
     from tfm.data.tokenizer import BOS
@@ -109,7 +109,7 @@ def tfm_trainer(
         OptimizerConfig(),
         TrainingConfig(target_tokens_per_batch=rows * length, label_smoothing=SMOOTHING, unroll_layers=unroll),
     ).validate()
-    mesh = sharding.make_mesh(config.mesh, sharding.first_devices(devices))
+    mesh = sharding.make_mesh(config.mesh, backend.first_devices(devices))
     source, target = batch_of(rows, length, sizes.vocab)
     ones = np.ones_like(source)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), source.shape)

@@ -55,13 +55,6 @@ def test_names_map_to_mesh_axes(names, expected):
     assert sharding.spec_of(names) == expected
 
 
-def test_the_first_devices_are_as_many_as_asked_for():
-    assert sharding.first_devices(None) == jax.devices()
-    assert sharding.first_devices(3) == jax.devices()[:3]
-    with pytest.raises(ConfigError, match="9 devices are asked for, and there are 8"):
-        sharding.first_devices(9)
-
-
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown logical axis 'embd' in \('vocab', 'embd'\): known are embed, heads"):
         sharding.spec_of(("vocab", "embd"))

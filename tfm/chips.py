@@ -3,8 +3,8 @@
 TPU figures are those of Google Cloud's "TPU v4", "v5e", "v5p" and "v6e" system architecture pages; links between chips
 are those of "How to Scale Your Model" (Austin et al., 2025, chapter 2), one direction of one link. The network between
 slices is a chip's share: of v5p as its page has it, of v5e and v6e the pod's by its chips, of v4 a quarter of the 25
-GB/s of a host that the book takes for typical. A TPU's memory is what its compiler has
-for programs, by its own word. GPU figures are NVIDIA's data sheets, dense matrix products without sparsity.
+GB/s of a host that the book takes for typical. A TPU's memory is what its compiler has for programs, by its own word.
+GPU figures are NVIDIA's data sheets, dense matrix products without sparsity.
 """
 
 from __future__ import annotations

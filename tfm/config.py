@@ -22,7 +22,7 @@ class ConfigError(InputError):
     """A config that cannot describe a run; the message names the fields."""
 
 
-def _at_least(low: int, default: Any) -> Any:
+def _at_least(low: float, default: Any) -> Any:
     """A field whose value, unless it is None, must be `low` or more."""
     return dataclasses.field(default=default, metadata={"low": low})
 

@@ -44,6 +44,7 @@ def index() -> int:
 
 
 def count() -> int:
+    """Hosts of this program."""
     return jax.process_count()
 
 

@@ -6,14 +6,9 @@ Parameters and activations have names of their own, since one table for both wou
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,9 +43,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "activation_vocab": "tensor",
 }
 
-_MOST_CPU_DEVICES = 16  # with more of them, each would have but a few sentences of a batch
-
 LogicalAxes = tuple[str | None, ...]
+
+
+def is_axes(leaf: Any) -> bool:
+    """Whether it is the logical axes of one array: what a tree of them ends in."""
+    return isinstance(leaf, tuple)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -113,59 +111,6 @@ def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
         _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices%s", tensor, count, each)
         tensor = 1
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor, slices=slices), devices)
-
-
-def first_devices(count: int | None) -> list[Any]:
-    """The first `count` devices, or all, for a mesh of `make_mesh`; a CPU has as many as asked for, simulated.
-
-    Raises ConfigError where there are fewer, or none are asked for.
-    """
-    if count is not None and count < 1:
-        raise ConfigError(f"{count} devices are asked for: at least one is needed")
-    keep_freed_memory()
-    if count is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # too late: with the devices that there are
-            jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices()
-    if count is not None and count > len(devices):
-        raise ConfigError(f"{count} devices are asked for, and there are {len(devices)} ({devices[0].device_kind})")
-    return devices[:count]
-
-
-def decode_on_every_core() -> None:
-    """Makes a device of each CPU core, where CPUs are all there is: to be called before anything has asked for devices.
-
-    Searches on two devices run side by side; on one device, each of the many small operations of a step would be split
-    over the cores, and wait for all of them: 0.7 times as fast, measured on two cores.
-    """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(RuntimeError):  # too late: with the devices that there are
-        jax.config.update("jax_num_cpu_devices", min(_MOST_CPU_DEVICES, cores))
-
-
-def use_compilation_cache() -> None:
-    """Has JAX keep compiled programs in the user's cache directory, so that the second start of a command is quick.
-
-    Nothing is changed where JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE is set.
-    """
-    if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & os.environ.keys():
-        return
-    # Programs for a CPU hold its own instructions, and a home directory may be seen by several kinds of machine.
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().split("\n") if line.startswith(("flags", "Features"))
-        )
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    machine = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache / "tfm" / f"{platform.machine()}-{machine}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def spec_of(names: LogicalAxes) -> PartitionSpec:
@@ -272,6 +217,7 @@ def on_host(tree: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -313,7 +259,7 @@ def decode_shardings(mesh: Mesh, axes: Any) -> Any:
     def sharding(names: LogicalAxes) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*(axis if axis == "tensor" else None for axis in spec_of(names))))
 
-    return jax.tree.map(sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(sharding, axes, is_leaf=is_axes)
 
 
 def optimizer_shardings(mesh: Mesh, state: Any, parameters: Any, axes: Any) -> Any:
@@ -323,8 +269,7 @@ def optimizer_shardings(mesh: Mesh, state: Any, parameters: Any, axes: Any) -> A
     belongs to no parameter, such as a count, is replicated.
     """
     shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
-    is_axes = dict(is_leaf=lambda x: isinstance(x, tuple))
-    names = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(axes, **is_axes)}
+    names = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)}
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         keys = _names(path)

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from tfm.checkpoint import RunDirectory, differing_fields, truncate_metrics
+from tfm.checkpoint import RunDirectory, truncate_metrics
+from tfm.checkpoint.run_directory import differing_fields
 from tfm.config import Config, ConfigError, InputError, fields_of, from_dict
 
 

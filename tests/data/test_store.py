@@ -16,8 +16,8 @@ from etils import epath
 from tfm.config import Config, DataConfig, InputError
 from tfm.data import checks, shards, store_builder
 from tfm.data.checks import CorpusReport
-from tfm.data.shards import Shard, StoreWriter
-from tfm.data.store import PairTable, TokenStore, _cache_of, open_store, prepare, store_directory
+from tfm.data.shards import PairTable, Shard, StoreWriter
+from tfm.data.store import TokenStore, _cache_of, open_store, prepare, store_directory
 from tfm.data.tokenizer import EOS
 
 WORDS = ["red", "house", "tree", "dog", "blue", "walks", "sees", "green", "tall", "cat"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tfm import hosts, sharding
+from tfm import backend, hosts, sharding
 from tfm.benchmarking.decode import BANNED, DecodeTiming, time_decoding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
@@ -79,7 +79,7 @@ def devices_for(count: int | None, sweep: Sweep | None) -> list[Any]:
     Raises ConfigError where there are fewer, and where several hosts should measure a part of what they have.
     """
     counts = sweep.values if sweep is not None and sweep.axis == "devices" else (count,)
-    devices = sharding.first_devices(max(counts) if counts != (None,) else None)
+    devices = backend.first_devices(max(counts) if counts != (None,) else None)
     if hosts.count() > 1 and counts not in ((None,), (jax.device_count(),)):
         raise ConfigError(
             f"--devices and --sweep=devices: {hosts.count()} hosts are measured with all of their {jax.device_count()} "

@@ -14,15 +14,7 @@ here only once its manifest is written, and is read only when every file still m
 """
 
 from tfm.checkpoint.checkpointer import Checkpointer
-from tfm.checkpoint.reader import CheckpointReader, Restored
-from tfm.checkpoint.run_directory import RunDirectory, differing_fields, truncate_metrics, write_atomically
+from tfm.checkpoint.reader import CheckpointReader
+from tfm.checkpoint.run_directory import RunDirectory, truncate_metrics
 
-__all__ = [
-    "CheckpointReader",
-    "Checkpointer",
-    "Restored",
-    "RunDirectory",
-    "differing_fields",
-    "truncate_metrics",
-    "write_atomically",
-]
+__all__ = ["CheckpointReader", "Checkpointer", "RunDirectory", "truncate_metrics"]

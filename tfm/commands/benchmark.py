@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     kind = TrainArguments if argv[0] == "train" else DecodeArguments
     arguments, config = parse(f"benchmark {argv[0]}", argv[1:], kind)
     deterministic_where_asked(config)
-    from tfm import hosts, sharding
+    from tfm import backend, hosts
     from tfm.benchmarking.sweep import Sweep, devices_for
 
     sweep = None if arguments.sweep is None else Sweep.parse(arguments.sweep)
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
         _refuse_overridden(arguments, sweep.axis)
     picture = _picture(arguments)
     if isinstance(arguments, DecodeArguments) and arguments.devices is None and not (sweep and sweep.axis == "devices"):
-        sharding.decode_on_every_core()  # as `tfm translate` does
+        backend.decode_on_every_core()  # as `tfm translate` does
     with hosts.together(config):
         devices = devices_for(arguments.devices, sweep)
         hosts.first_does(lambda: _check_outputs(arguments, picture))

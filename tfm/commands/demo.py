@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
             "leave it out, or use tfm train and tfm evaluate"
         )
     deterministic_where_asked(config)
-    from tfm import sharding
+    from tfm import backend
     from tfm.data import demo_corpus
     from tfm.decoding.bleu import corpus_scores
     from tfm.decoding.translator import Translator
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         references = [pair[config.data.target_language] for pair in pairs]
     except KeyError as error:
         raise InputError(f"{error}: the demo's sentences are in en and de: leave data.*_language out") from error
-    sharding.use_compilation_cache()  # what validation has compiled translates the test set
+    backend.use_compilation_cache()  # what validation has compiled translates the test set
     status = trained(config, arguments.workdir)
     if status:
         return status

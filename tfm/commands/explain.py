@@ -40,12 +40,12 @@ def main(argv: list[str]) -> int:
     _check(arguments, config)
     import jax
 
-    from tfm import device_memory, sharding
+    from tfm import backend, device_memory, sharding
     from tfm.config import MeshConfig
     from tfm.decoding.explanation import draw, explain, table
     from tfm.decoding.loading import load_models
 
-    sharding.use_compilation_cache()
+    backend.use_compilation_cache()
     one_device = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     loaded = load_models(arguments.workdir, config, arguments.checkpoint, mesh=one_device)
     with device_memory.explained("a sentence", "explain a shorter one"):

@@ -34,10 +34,10 @@ def translating(config: Config) -> Iterator[None]:
 
     Raises OutOfDeviceMemory, saying what helps, where the devices' memory runs out.
     """
-    from tfm import device_memory, hosts, sharding
+    from tfm import backend, device_memory, hosts
 
-    sharding.use_compilation_cache()
-    sharding.decode_on_every_core()
+    backend.use_compilation_cache()
+    backend.decode_on_every_core()
     with hosts.together(config), device_memory.explained(*device_memory.TRANSLATING):
         yield
 

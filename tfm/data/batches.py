@@ -104,7 +104,8 @@ class _Batches:
         """Batch k as global arrays, each host building the rows of its own devices, once.
 
         Args:
-            sharding: how the leading axis lies on the mesh, such as NamedSharding(mesh, P(("data", "fsdp"))).
+          k: number of the batch, from 0.
+          sharding: how the leading axis lies on the mesh, such as NamedSharding(mesh, P(("data", "fsdp"))).
         """
         import jax
 

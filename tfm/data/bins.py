@@ -22,8 +22,8 @@ def pack(source: np.ndarray, target: np.ndarray, source_row: int, target_row: in
     """The row of each pair (int32 [pairs]) and the number of rows, none of which is empty.
 
     Args:
-        source, target: tokens of each pair, int [pairs], in random order; each at least 1 and at most its row's length.
-        source_row, target_row: tokens in a row.
+      source, target: tokens of each pair, int [pairs], in random order; each at least 1 and at most its row's length.
+      source_row, target_row: tokens in a row.
     """
     if not len(source):
         return np.zeros(0, np.int32), 0

@@ -50,6 +50,7 @@ class Shard:
         return len(self.lengths["source"])
 
     def side(self, side: Side, index: int) -> Ints:
+        """Token ids [tokens] of one side of a pair."""
         offsets, tokens = self.offsets[side], self.tokens[side]
         stop = offsets[index + 1] if index + 1 < len(offsets) else len(tokens)
         return tokens[offsets[index] : stop]
@@ -112,10 +113,9 @@ class PairTable:
 class StoreWriter:
     """Writes a store into an empty directory, table after table; `finish` writes the manifest."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_pairs: int = SHARD_PAIRS):
+    def __init__(self, directory: Path, tokenizer: Tokenizer):
         self.directory = directory
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self.shard_pairs = shard_pairs
         self.files: dict[str, dict[str, Any]] = {}
         self.tables: list[dict[str, Any]] = []
         self._chunks: list[tuple[dict[str, Ints], dict[str, Ints]]] = []
@@ -143,7 +143,7 @@ class StoreWriter:
         )
         pairs = sum(len(lengths["source"]) for _, lengths in self._chunks)
         tokens = max(sum(len(tokens[side]) for tokens, _ in self._chunks) for side in SIDES)
-        if pairs >= self.shard_pairs or tokens >= _SHARD_TOKENS:
+        if pairs >= SHARD_PAIRS or tokens >= _SHARD_TOKENS:
             self._flush()
 
     def add_text(self, pairs: Iterable[tuple[str, str]]) -> None:

@@ -26,11 +26,9 @@ from tfm.config import Config, InputError
 from tfm.data.checks import CorpusReport
 from tfm.data.corpus import Corpus, file_identity, file_stamp, open_corpora, parse_spec
 from tfm.data.scratch import locked, scratch, written
-from tfm.data.shards import FORMAT, MANIFEST, TOKENIZER, PairTable, Shard, StoreWriter, map_shard
+from tfm.data.shards import FORMAT, MANIFEST, TOKENIZER, PairTable, map_shard
 from tfm.data.store_builder import build_store
 from tfm.data.tokenizer import Tokenizer
-
-__all__ = ["PairTable", "Shard", "StoreWriter", "TokenStore", "open_store", "prepare", "store_directory"]
 
 # What a store depends on: a store prepared with other values of these is another store.
 _FIELDS = (
@@ -196,9 +194,9 @@ def prepare(
 
     A store that is there already is used if it was prepared with the same fields from the same files, and is refused
     with an InputError naming what differs if not: what to do depends on whether a run `has_begun` with it.
-    `tokenizer_path` stands in for `data.tokenizer`. The store is built
-    aside and renamed (or, to gs://, uploaded with the manifest last), so that an interrupted call leaves none. Raises
-    InputError at bad input, and where the store cannot be written.
+    `tokenizer_path` stands in for `data.tokenizer`. The store is built aside and renamed (or, to gs://, uploaded with
+    the manifest last), so that an interrupted call leaves none. Raises InputError at bad input, and where the store
+    cannot be written.
     """
     root = epath.Path(directory)
     given = tokenizer_path or config.data.tokenizer

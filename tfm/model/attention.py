@@ -58,6 +58,7 @@ class Sight:
 
     @classmethod
     def of(cls, queries: Tokens, keys: Tokens, *, causal: bool, kernel: Kernel = "plain") -> Sight:
+        """With the mask [B, T, S] that both sides make."""
         return cls(queries, keys, causal, attention_mask(queries, keys, causal=causal), kernel)
 
 
@@ -89,17 +90,23 @@ def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array, mask_BTS: jax.Array)
 def _fused(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
     """What the kernel makes of it; None where there is none, or it cannot take such sizes."""
     if sight.kernel == "cudnn":
-        (queries, width), keys = q_BTHK.shape[1::2], k_BSHK.shape[1]
-        fits = q_BTHK.dtype == jnp.bfloat16 and width == v_BSHK.shape[-1]
-        if not fits or width % 8 or width > _WIDEST_CUDNN_HEAD or queries % 2 or keys % 2:
-            return None
-        # A query without any key, padding where its source has none, would be NaN there, and make its keys' gradients
-        # NaN: it is shown all of them, and nothing comes of it.
-        blind_BT1 = ~jnp.any(sight.mask_BTS, axis=-1, keepdims=True)
-        mask_B1TS = (sight.mask_BTS | blind_BT1)[:, None]
-        return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=mask_B1TS, implementation="cudnn")
-    if sight.kernel == "plain":
+        return _cudnn(q_BTHK, k_BSHK, v_BSHK, sight.mask_BTS)
+    return _pallas(q_BTHK, k_BSHK, v_BSHK, sight) if sight.kernel == "pallas" else None
+
+
+def _cudnn(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array | None:
+    (queries, width), keys = q_BTHK.shape[1::2], k_BSHK.shape[1]
+    takes = q_BTHK.dtype == jnp.bfloat16 and width == v_BSHK.shape[-1]
+    if not takes or width % 8 or width > _WIDEST_CUDNN_HEAD or queries % 2 or keys % 2:
         return None
+    # A query without any key, padding where its source has none, would be NaN there, and make its keys' gradients NaN:
+    # it is shown all of them, and nothing comes of it.
+    blind_BT1 = ~jnp.any(mask_BTS, axis=-1, keepdims=True)
+    mask_B1TS = (mask_BTS | blind_BT1)[:, None]
+    return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=mask_B1TS, implementation="cudnn")
+
+
+def _pallas(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sight: Sight) -> jax.Array | None:
     from tfm.model.fused_attention import fits, fused_attention  # Pallas takes half a second to import
 
     flat, width = [x.reshape(*x.shape[:2], -1) for x in (q_BTHK, k_BSHK, v_BSHK)], q_BTHK.shape[-1]

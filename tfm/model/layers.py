@@ -135,6 +135,8 @@ class _Layer(nn.Module):
 
 
 class EncoderLayer(_Layer):
+    """Self-attention and the feed-forward block: [B, S, D] to [B, S, D]. Without a `key` there is no dropout."""
+
     def setup(self) -> None:
         self.self_attention = MultiHeadAttention(self.config, self.dtype)
         self.self_norm = LayerNorm(self.dtype)
@@ -150,6 +152,8 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
+    """Self-attention, attention to the memory [B, S, D] and the feed-forward block: [B, T, D] to [B, T, D]."""
+
     def setup(self) -> None:
         self.self_attention = MultiHeadAttention(self.config, self.dtype)
         self.self_norm = LayerNorm(self.dtype)

@@ -1,4 +1,4 @@
-"""The stacks, and the three ways in: training over whole rows, encoding, and one step of decoding.
+"""The stacks, and the ways in: training over whole rows, encoding, one step of decoding, and given translations.
 
 Training scans over the layers, so that compile time does not grow with depth where they aren't unrolled: parameters of
 a stack have a leading dimension `layers`. Decoding never scans its cache, which would copy it every token: `unstack`
@@ -264,8 +264,8 @@ def decode_step(
     own_B1W = jnp.broadcast_to(beams_W, (tokens_BW.shape[0], 1, beams_W.size))
     ancestors_BTW = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BTW, own_B1W, position, axis=1)
     past_T = jnp.arange(ancestors_BTW.shape[1]) <= position
-    seen_BTVW = (ancestors_BTW[:, :, None] == beams_W[None, None, :, None]) & past_T[None, :, None, None]
-    seen_BLW = seen_BTVW.reshape(tokens_BW.shape[0], -1, beams_W.size)
+    seen_BTWW = (ancestors_BTW[:, :, None] == beams_W[None, None, :, None]) & past_T[None, :, None, None]
+    seen_BLW = seen_BTWW.reshape(tokens_BW.shape[0], -1, beams_W.size)
 
     @jax.jit  # by itself, so that it is traced once for all layers: a start with a compiled program is mostly tracing
     def step(parameters: Parameters, x_BWD: jax.Array, layer: LayerCache, *rest: jax.Array) -> Any:

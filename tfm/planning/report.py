@@ -12,7 +12,7 @@ import jax
 from tfm.config import InputError
 from tfm.hlo.collectives import KINDS
 from tfm.planning.plan import Figures, place
-from tfm.sharding import LogicalAxes
+from tfm.sharding import LogicalAxes, is_axes
 from tfm.tables import aligned
 from tfm.training.step import Trainer
 
@@ -101,7 +101,7 @@ def sweep_table(plans: Sequence[Figures]) -> str:
 def parameter_table(trainer: Trainer) -> str:
     """Every parameter with its shape, its logical axes, the mesh axes these map to, and its bytes on each device."""
     parameters = jax.tree_util.tree_leaves_with_path(trainer.abstract_state.parameters)
-    axes = jax.tree.leaves(trainer.axes, is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.leaves(trainer.axes, is_leaf=is_axes)
     places = jax.tree.leaves(trainer.state_shardings.parameters)
     rows = [("parameter", "shape", "logical axes", "mesh axes", "bytes per device")]
     total = 0

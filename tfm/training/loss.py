@@ -6,6 +6,8 @@ micro-batches that a batch is computed in.
 The output projection belongs to the loss here. Its logits are the largest array of a training step by far, and all that
 is wanted of them is a number and a gradient; so they are made a few positions at a time, and the gradient is taken
 while they are still in the cache. The loss being a sum, the gradient of each chunk is final but for one factor.
+
+Dimension C here: the target positions of one chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tfm.model.attention import MASKED
 from tfm.model.projection import matmul_precision
 from tfm.sharding import constrain
 
@@ -66,7 +69,8 @@ def _sums(
     """The sums, and the gradient of `loss` with respect to x [B, T, D] and the table [V, D]."""
     dtype, precision = x_BTD.dtype, matmul_precision(x_BTD.dtype)
     table = constrain(table_VD.astype(dtype), "vocab", None)
-    ids_V = jnp.arange(table.shape[0])[None, None]
+    ids_11V = jnp.arange(table.shape[0])[None, None]
+    is_real_11V = ids_11V < vocab_size
 
     def chunk(total: tuple[LossSums, jax.Array | None], piece: tuple[jax.Array, ...]) -> tuple:
         sums, table_gradient_VD = total
@@ -76,14 +80,14 @@ def _sums(
         logits_BCV = jnp.einsum("BCD,VD->BCV", x_BCD, table, precision=precision, preferred_element_type=kept_as)
         logits_BCV = constrain(logits_BCV, "activation_batch", "activation_length", "activation_vocab")
         logits_BCV = logits_BCV.astype(jnp.float32)
-        logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -1e9)
-        is_target_BCV = ids_V == targets_BC[..., None]
+        logits_BCV = jnp.where(is_real_11V, logits_BCV, MASKED)
+        is_target_BCV = ids_11V == targets_BC[..., None]
         # One pass each: maximum, then everything that sums over the vocabulary.
         max_BC = jnp.max(logits_BCV, axis=-1)
         exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
         normaliser_BC = jnp.sum(exp_BCV, axis=-1)
         target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
-        mean_BC = jnp.sum(jnp.where(ids_V < vocab_size, logits_BCV, 0.0), axis=-1) / vocab_size
+        mean_BC = jnp.sum(jnp.where(is_real_11V, logits_BCV, 0.0), axis=-1) / vocab_size
         lse_BC = max_BC + jnp.log(normaliser_BC)
         nll_BC = lse_BC - target_BC
         loss_BC = (1.0 - label_smoothing) * nll_BC + label_smoothing * (lse_BC - mean_BC)
@@ -98,7 +102,7 @@ def _sums(
         scale_BC = weights_BC / normaliser_BC
         wanted_BCV = jnp.where(is_target_BCV, 1.0 - label_smoothing, 0.0) + label_smoothing / vocab_size
         gradient_BCV = exp_BCV * scale_BC[..., None] - wanted_BCV * weights_BC[..., None]
-        gradient_BCV = jnp.where(ids_V < vocab_size, gradient_BCV, 0.0).astype(dtype)
+        gradient_BCV = jnp.where(is_real_11V, gradient_BCV, 0.0).astype(dtype)
         table_gradient_VD += jnp.einsum(
             "BCV,BCD->VD", gradient_BCV, x_BCD, precision=precision, preferred_element_type=jnp.float32
         )

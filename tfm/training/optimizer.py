@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tfm.config import Config, OptimizerConfig
+from tfm.sharding import is_axes
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -47,9 +48,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
       axes: logical axes of each parameter; `layers` is a batch axis here: it makes no bias a matrix, and statistics
         that go over a whole array go over one layer at a time.
     """
-    matrices = jax.tree.map(
-        lambda names: len([n for n in names if n != "layers"]) > 1, axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+    matrices = jax.tree.map(lambda names: len([n for n in names if n != "layers"]) > 1, axes, is_leaf=is_axes)
     chain = []
     if config.clip_norm:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
@@ -65,7 +64,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
 
 def _by_layer(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
     """`rule` with its statistics taken over each layer of a stack by itself."""
-    stacked = jax.tree.map(lambda names: names[0] == "layers", axes, is_leaf=lambda x: isinstance(x, tuple))
+    stacked = jax.tree.map(lambda names: names[0] == "layers", axes, is_leaf=is_axes)
     single = jax.tree.map(lambda is_stacked: not is_stacked, stacked)
 
     def init(parameters: optax.Params) -> optax.OptState:
