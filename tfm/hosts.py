@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 _LAST_WORDS = 5.0  # seconds that the first host, failing, leaves the others: with it, JAX ends them at once
 _WAIT_MILLISECONDS = 30_000  # of one request; there is another after it, for as long as the hosts live
-# Of `agreed` and `meet`, which give each a name of its own: all hosts make the same calls in the same order.
+# Of `agreed` and `all_agree`, which give each a name of its own: all hosts make the same calls in the same order.
 _calls = itertools.count()
 
 
@@ -301,12 +301,16 @@ def meet() -> None:
     Before they first compute together: the devices of one would not wait as long for the others as those may take to
     read their data. And before they end.
     """
+    all_agree(True)
+
+
+def all_agree(good: bool) -> bool:
+    """Whether each host says so. All hosts call this together, and none goes on before all have."""
     if count() == 1:
-        return
+        return good
     key = f"tfm/met/{next(_calls)}"
-    _client().key_value_set(f"{key}/{index()}", "")
-    for other in range(count()):
-        _get(f"{key}/{other}")
+    _client().key_value_set(f"{key}/{index()}", json.dumps(good))
+    return all([json.loads(_get(f"{key}/{other}")) for other in range(count())])
 
 
 def heed_sigterm() -> None:

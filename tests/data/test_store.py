@@ -16,7 +16,7 @@ from etils import epath
 from tfm.config import Config, DataConfig, InputError
 from tfm.data import checks, shards, store_builder
 from tfm.data.checks import CorpusReport
-from tfm.data.shards import PairTable, Shard, StoreWriter
+from tfm.data.shards import PairTable, Shard
 from tfm.data.store import TokenStore, _cache_of, open_store, prepare, store_directory
 from tfm.data.tokenizer import EOS
 
@@ -220,7 +220,7 @@ def test_row_length_counts_the_end_and_the_tag(tmp_path, corpus):
 def test_many_shards_and_chunks_read_as_one(tmp_path, corpus, monkeypatch):
     one = prepare(config(corpus), tmp_path / "one").tables("train")[0]
     monkeypatch.setattr(store_builder, "_CHUNK", 70)
-    monkeypatch.setattr(StoreWriter.__init__, "__defaults__", (150,))
+    monkeypatch.setattr(shards, "SHARD_PAIRS", 150)
     monkeypatch.setattr(shards, "_RESIDENT_BYTES", 0)  # pages are let go of as in a large table, but sooner
     monkeypatch.setattr(shards, "_READS", 7)
     store = prepare(config(corpus), tmp_path / "many")
@@ -236,7 +236,7 @@ def test_many_shards_and_chunks_read_as_one(tmp_path, corpus, monkeypatch):
 
 def test_chunk_of_which_nothing_stays_makes_no_shard(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(store_builder, "_CHUNK", 150)
-    monkeypatch.setattr(StoreWriter.__init__, "__defaults__", (150,))
+    monkeypatch.setattr(shards, "SHARD_PAIRS", 150)
     for language in ("en", "de"):
         with (corpus / f"train.{language}").open("a") as file:
             file.write("\n" * 200)

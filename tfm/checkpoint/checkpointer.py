@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tfm import hosts
 from tfm.checkpoint import manifest as manifests
 from tfm.checkpoint import storage
 from tfm.checkpoint.manifest import Manifest
@@ -33,19 +34,16 @@ _SHARES_WITHIN = 1200  # seconds that the other hosts have for their hashes
 class Checkpointer(CheckpointReader):
     """Saves the state of a run in training. A context manager: leaving it waits for the last save.
 
-    All processes call each method together, and share the file system, as Orbax also requires. Process 0 alone
-    writes manifests, moves and removes.
+    All hosts call each method together, and share the file system, as Orbax also requires. The first alone writes
+    manifests, moves and removes.
     """
 
     def __init__(
         self, run: RunDirectory, keep_last: int = 3, keep_best: int = 1, best: Literal["higher", "lower"] = "higher"
     ):
         """`best` says which metric is the better one."""
-        import jax
-
         super().__init__(run)
         self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best
-        self._index, self._count = jax.process_index(), jax.process_count()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._finished = self._read_finished()
@@ -71,7 +69,7 @@ class Checkpointer(CheckpointReader):
         if restored is None and damaged:
             raise self._none_usable(damaged)
         try:
-            if self._index == 0 and self.run.checkpoints_path.exists():
+            if hosts.is_first() and self.run.checkpoints_path.exists():
                 for entry in list(self.run.checkpoints_path.iterdir()):
                     if storage.TEMPORARY in entry.name or entry.name.startswith(_REMOVING):
                         remove_tree(entry)
@@ -82,7 +80,7 @@ class Checkpointer(CheckpointReader):
                     self._move_aside(step)
         except OSError as error:
             raise unwritable(self.run.path, error) from error
-        storage.all_agree(True)  # no host goes on before process 0 has made room
+        hosts.meet()  # no host goes on before the first has made room
         self._finished = self._read_finished()
         return restored
 
@@ -99,7 +97,7 @@ class Checkpointer(CheckpointReader):
         manifest = Manifest(step, dict(metadata or {}), None, self.best, tokenizer, storage.describe(state), files={})
         manifest.to_bytes()  # raises here, not in the thread, when the metadata is not JSON
         try:
-            if self._index == 0:
+            if hosts.is_first():
                 self.run.checkpoints_path.mkdir(parents=True, exist_ok=True)
                 if self._directory(step).exists():
                     self._put_away_unfinished(step)
@@ -122,13 +120,13 @@ class Checkpointer(CheckpointReader):
         noted = dataclasses.replace(
             found, metric=metric, best=self.best, metadata=found.metadata | dict(metadata or {})
         )
-        if self._index == 0:
+        if hosts.is_first():
             try:
                 manifests.write(self._directory(step), noted)
             except OSError as error:
                 raise unwritable(self.run.path, error) from error
         self._finished[step] = noted
-        if self._index == 0:
+        if hosts.is_first():
             self._remove_surplus()
 
     def poll(self) -> None:
@@ -152,20 +150,20 @@ class Checkpointer(CheckpointReader):
     def _settle(self) -> None:
         # Orbax tells one operation from another by their order, which must be the same on all hosts.
         self.wait()
-        storage.all_agree(True)  # process 0 writes the manifest after the others are done
+        hosts.meet()  # the first writes the manifest after the others are done
 
     def _finish(self, response: Any, manifest: Manifest) -> None:
-        """In a thread: waits for Orbax, hashes this host's share; process 0 then writes the manifest and tidies."""
+        """In a thread: waits for Orbax, hashes this host's share; the first then writes the manifest and tidies."""
         directory = self._directory(manifest.step)
         try:
             share = None
             try:
                 response.result()
-                share = manifests.hash_share(directory, self._index, self._count)
+                share = manifests.hash_share(directory, hosts.index(), hosts.count())
             finally:
-                if self._index != 0 and directory.exists():
-                    manifests.hand_over(directory, self._index, share)
-            if self._index == 0:
+                if not hosts.is_first() and directory.exists():
+                    manifests.hand_over(directory, hosts.index(), share)
+            if hosts.is_first():
                 for other in self._others_shares(directory):
                     share |= other
                 manifest = dataclasses.replace(manifest, files=share)
@@ -175,12 +173,12 @@ class Checkpointer(CheckpointReader):
             self._failure = self._explained(manifest.step, error)
             self._failure.__cause__ = error
             return
-        if self._index == 0:
+        if hosts.is_first():
             self._remove_surplus()
 
     def _others_shares(self, directory: AnyPath) -> list[manifests.FileHashes]:
         deadline = time.monotonic() + _SHARES_WITHIN
-        while (shares := manifests.take_over(directory, self._count)) is None:
+        while (shares := manifests.take_over(directory, hosts.count())) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the other hosts' hashes did not arrive within {_SHARES_WITHIN} s")
             time.sleep(0.1)
@@ -190,7 +188,7 @@ class Checkpointer(CheckpointReader):
 
     def _explained(self, step: int, error: Exception) -> Exception:
         """Removes what the failed save left, and says in one line what happened."""
-        if self._index == 0:
+        if hosts.is_first():
             directory = self._directory(step)
             for path in directory.parent.glob(f"{step}{storage.TEMPORARY}*"):
                 remove_tree(path)

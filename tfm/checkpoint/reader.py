@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tfm import hosts
 from tfm.checkpoint import manifest as manifests
 from tfm.checkpoint import storage
 from tfm.checkpoint.manifest import Damaged, Manifest, Unfinished
@@ -132,19 +133,17 @@ class CheckpointReader:
 
     def _verified(self, known: Known, order: list[int], damaged: dict[int, str]) -> Iterator[Manifest]:
         """Of the steps in `order`, those that are as written; the others go to `damaged`, with what is wrong."""
-        import jax
-
         tokenizer = self.run.tokenizer_sha256()
-        for step in storage.agreed_steps(order):
+        for step in hosts.agreed(order):
             manifest = known.get(step, Damaged("this host does not see it"))
             try:
                 if isinstance(manifest, Damaged):
                     raise manifest
-                manifests.verify(self._directory(step), manifest, jax.process_index(), jax.process_count())
+                manifests.verify(self._directory(step), manifest, hosts.index(), hosts.count())
                 problem = None
             except Damaged as error:
                 problem = str(error)
-            if not storage.all_agree(problem is None):
+            if not hosts.all_agree(problem is None):
                 damaged[step] = problem or "another host found it damaged"
                 self._warn_once(f"{self._directory(step)}: damaged, not used: {damaged[step]}")
                 continue

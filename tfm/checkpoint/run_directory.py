@@ -2,7 +2,7 @@
 
     WORKDIR/config.json  tokenizer.model  metrics.jsonl  checkpoints/STEP/  checkpoints/damaged/  and events and curves
 
-A run directory stands alone: copied to another machine, it is all that translating needs. Nothing here imports JAX.
+A run directory stands alone: copied to another machine, it is all that translating needs.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class RunDirectory:
         cls,
         path: str | os.PathLike[str],
         config: Config,
-        primary: bool = True,
+        is_first: bool = True,
         lock: contextlib.ExitStack | None = None,
     ) -> RunDirectory:
         """The directory to train `config` in: a new one, or the one that this run began in.
 
-        Only the primary process writes; it keeps other processes from training here until `lock` is closed. Raises
+        Only the first host writes; it keeps other processes from training here until `lock` is closed. Raises
         InputError when the directory cannot be written, is being trained in, holds a run of another config (naming
         each field that differs), or holds files that are no run's.
         """
@@ -90,7 +90,7 @@ class RunDirectory:
             for part in (run.config_path, run.tokenizer_path, run.checkpoints_path, run.metrics_path):
                 refuse_link(part)
             run._refuse_others(config)
-            if primary:
+            if is_first:
                 run.path.mkdir(parents=True, exist_ok=True)
                 if lock is not None:
                     lock.enter_context(run.locked())

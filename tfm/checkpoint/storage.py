@@ -1,15 +1,18 @@
-"""A state to and from Orbax, and what several hosts must agree on meanwhile.
+"""A state to and from Orbax.
 
 A state is a dict of pytrees of jax.Arrays. Each entry is an Orbax checkpointable, so that it can be read by itself, and
 is stored as a flat dict of its leaves by path, so that Optax's named tuples need no handler of their own; empty nodes
-and None are not stored and come back from the abstract state. JAX and Orbax are imported where they are used.
+and None are not stored and come back from the abstract state. Orbax is imported where it is used.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from tfm.files import AnyPath
@@ -31,8 +34,6 @@ def load(directory: AnyPath, abstract_state: Mapping[str, Any]) -> dict[str, Any
 
     Raises ValueError for a leaf without a sharding: Orbax would take the saved one, and look for its devices.
     """
-    import jax
-
     named = {entry: named_leaves(entry, tree) for entry, tree in abstract_state.items()}
     wanted: dict[str, dict[str, Any]] = {}
     for entry, leaves in named.items():
@@ -53,8 +54,6 @@ def named_leaves(entry: str, tree: Any) -> dict[str, Any]:
 
     Raises TypeError for a leaf that is not an array, or a path that two leaves share.
     """
-    import jax
-
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
@@ -77,9 +76,6 @@ class Mean:
     """The mean of several trees of one structure, summed in float32 where they lie, whatever their sharding."""
 
     def __init__(self) -> None:
-        import jax
-        import jax.numpy as jnp
-
         self._widen = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree))
         self._add = jax.jit(lambda total, tree: jax.tree.map(lambda x, y: x + y.astype(jnp.float32), total, tree))
         self._total: Any = None
@@ -91,39 +87,11 @@ class Mean:
 
     def result(self, abstract: Any) -> Any:
         """The mean in the types and shardings of `abstract`."""
-        import jax
 
         def divide(total: Any) -> Any:
             return jax.tree.map(lambda x, like: (x / self._count).astype(like.dtype), total, abstract)
 
         return jax.jit(divide, out_shardings=jax.tree.map(lambda like: like.sharding, abstract))(self._total)
-
-
-def agreed_steps(steps: list[int]) -> Iterator[int]:
-    """Host 0's list, on every host: a shared file system may show the others something else."""
-    import jax
-    import numpy as np
-
-    if jax.process_count() == 1:
-        yield from steps
-        return
-    from jax.experimental import multihost_utils
-
-    for number in range(int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))):
-        mine = steps[number] if number < len(steps) else -1
-        yield int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
-
-
-def all_agree(good: bool) -> bool:
-    """Whether every host says so; all of them ask together."""
-    import jax
-    import numpy as np
-
-    if jax.process_count() == 1:
-        return good
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(good))))
 
 
 def _orbax() -> Any:

@@ -54,7 +54,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     with ExitStack() as stack:
         # The first host makes the directory; the others, which see the same disk, find it made.
         run = hosts.first_does(lambda: RunDirectory.create(workdir, config, lock=stack))
-        run = run or RunDirectory.create(workdir, config, primary=False)
+        run = run or RunDirectory.create(workdir, config, is_first=False)
         return Run(config, run, stack).go()
 
 
