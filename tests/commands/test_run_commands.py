@@ -28,8 +28,8 @@ ODD_LINES = [
 @pytest.mark.parametrize(
     ("command", "then"),
     [
-        (["train", "--workdir=RUN"], "tfm.hosts.together"),
-        (["benchmark", "train"], "tfm.hosts.together"),
+        (["train", "--config=base", "--workdir=RUN"], "tfm.hosts.together"),
+        (["benchmark", "train", "--config=base"], "tfm.hosts.together"),
         (["demo", "--workdir=RUN"], "tfm.data.demo_corpus.explained"),
     ],
 )
