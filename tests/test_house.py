@@ -162,7 +162,6 @@ def test_every_module_has_its_tests(module):
         "__main__.py": "test_house.py",
         "config_checks.py": "test_config.py",
         "chips.py": "model/test_flops.py",
-        **dict.fromkeys((f"decoding/{name}.py" for name in ("loading", "scoring")), "decoding/test_translator.py"),
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
         "data/shards.py": "data/test_store.py",
