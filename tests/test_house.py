@@ -164,10 +164,7 @@ def test_every_module_has_its_tests(module):
         "chips.py": "model/test_flops.py",
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
-        "data/shards.py": "data/test_store.py",
-        "data/store_builder.py": "data/test_store.py",
         "data/tfds_corpus.py": "data/test_tfds.py",
-        "data/checks.py": "data/test_store.py",
         **dict.fromkeys(
             (f"checkpoint/{name}.py" for name in ("manifest", "reader", "storage")), "checkpoint/test_checkpointer.py"
         ),
