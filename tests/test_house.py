@@ -161,7 +161,6 @@ def test_every_module_has_its_tests(module):
     tests = {
         "__main__.py": "test_house.py",
         "config_checks.py": "test_config.py",
-        "chips.py": "model/test_flops.py",
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
         "data/tfds_corpus.py": "data/test_tfds.py",
