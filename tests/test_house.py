@@ -163,7 +163,6 @@ def test_every_module_has_its_tests(module):
         "config_checks.py": "test_config.py",
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
-        "data/tfds_corpus.py": "data/test_tfds.py",
         "commands/train.py": "test_end_to_end.py",
         **dict.fromkeys(
             (f"commands/{name}.py" for name in ("prepare", "translate", "translating", "score", "evaluate", "explain")),
