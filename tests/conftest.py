@@ -56,6 +56,7 @@ _LONGEST = (
     "model/test_transformer.py",
     "test_shipped_configs.py",
     "decoding/test_search.py",
+    "decoding/test_beam.py",
     "decoding/test_decoder.py",
     "test_resume.py",
     "test_sharding.py",

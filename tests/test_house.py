@@ -161,20 +161,8 @@ def test_every_module_has_its_tests(module):
     tests = {
         "__main__.py": "test_house.py",
         "config_checks.py": "test_config.py",
-        "chips.py": "model/test_flops.py",
-        "decoding/beam.py": "decoding/test_search.py",
-        **dict.fromkeys(
-            (f"decoding/{name}.py" for name in ("loading", "scoring", "translation")), "decoding/test_translator.py"
-        ),
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
-        "data/shards.py": "data/test_store.py",
-        "data/store_builder.py": "data/test_store.py",
-        "data/tfds_corpus.py": "data/test_tfds.py",
-        "data/checks.py": "data/test_store.py",
-        **dict.fromkeys(
-            (f"checkpoint/{name}.py" for name in ("manifest", "reader", "storage")), "checkpoint/test_checkpointer.py"
-        ),
         "commands/train.py": "test_end_to_end.py",
         **dict.fromkeys(
             (f"commands/{name}.py" for name in ("prepare", "translate", "translating", "score", "evaluate", "explain")),

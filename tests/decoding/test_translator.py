@@ -11,46 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from tfm.checkpoint import Checkpointer, RunDirectory
-from tfm.config import Config, ConfigError, DecodingConfig, InputError, MeshConfig, ModelConfig
-from tfm.data.tokenizer import EOS, Tokenizer, train_tokenizer
-from tfm.decoding import loading
+from tests.decoding.lines import CONFIG, LINES, MODEL_CONFIG, ODD_LINES, WORDS, sentences
+from tfm.config import InputError, MeshConfig
+from tfm.data.tokenizer import EOS
 from tfm.decoding import translator as module
 from tfm.decoding.decoder import Bucket, bucket_of
 from tfm.decoding.search import Hypotheses
 from tfm.decoding.translation import Hypothesis, Translation
 from tfm.decoding.translator import Translator
-from tfm.model.transformer import Transformer, init_parameters
+from tfm.model.transformer import Transformer
 from tfm.sharding import make_mesh
 
-WORDS = ["haus", "tür", "baum", "weg", "see", "alt", "groß", "läuft", "steht", "und"]
-MODEL_CONFIG = ModelConfig(d_model=16, d_ff=32, num_heads=4, encoder_layers=1, decoder_layers=1, norm="pre")
-CONFIG = DecodingConfig(beam_size=1, max_source_length=24, tokens_per_batch=128, max_extra_tokens=4)
 EMPTY = Translation((Hypothesis("", (), 0.0, 0.0),))
-ODD_LINES = [
-    "haus tür",
-    "",
-    "   ",
-    "\t",
-    "baum",
-    "weg\u2028see\x85alt\x0bund",  # each of them is a line's end for str.splitlines
-    "\u00a0",
-    "a\rb",
-    "🙂",
-    "<2de> haus",
-    "haus tür",
-    "\ufffd\x00\x01",
-]
-
-
-def sentences(count: int, most: int = 7, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=generator.randint(1, most))) + "." for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(sentences(400), tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 320)
 
 
 class Echo:
@@ -279,28 +251,6 @@ def test_what_was_done_is_counted(echo):
 # With a model -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def parameters(tokenizer):
-    model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
-    return jax.tree.map(lambda p: 3 * p if p.ndim > 1 else p, jax.jit(lambda: init_parameters(model, 2))())
-
-
-@pytest.fixture(scope="module")
-def translator(tokenizer, parameters) -> Translator:
-    model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
-    translator = Translator([model], make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, CONFIG)
-    translator.set_parameters(parameters)
-    return translator
-
-
-LINES = [*sentences(10), *ODD_LINES, *sentences(6, 3, seed=2), " ".join(sentences(5, seed=3))]
-
-
-@pytest.fixture(scope="module")
-def translated(translator) -> list[Translation]:
-    return translator.translate(LINES)
-
-
 def test_translations_of_a_model_are_lines_of_text(translator, translated):
     assert len(translated) == len(LINES)
     for line, translation in zip(LINES, translated, strict=True):
@@ -399,35 +349,6 @@ def test_pieces_are_joined_as_their_script_is_written(texts, whole):
     assert (joined.text, joined.log_prob) == (whole, -float(len(texts)))
 
 
-def test_scores_keep_to_their_lines(translator, caplog):
-    sources = ["haus tür", "", "baum", "weg"]
-    targets = ["tür", "haus", "", " ".join(WORDS * 20)]
-    scored = translator.score(sources, targets)
-    assert [np.isfinite(one.log_prob) for one in scored] == [True, True, True, False]
-    assert scored[2].tokens == () and len(scored[2].token_log_probs) == 1
-    assert caplog.messages[0].startswith("line 4 has ")
-    assert translator.score(sources[:1], targets[:1]) == scored[:1]
-
-
-@pytest.mark.parametrize("piece", ["no such piece", "<s>", "\ud800"])
-def test_a_piece_that_is_none_is_named_with_its_line(translator, piece):
-    with pytest.raises(InputError, match=r"line 2: '.*' is no piece of this tokenizer"):
-        translator.score(["haus", "tür"], ["haus", [piece]])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("runs/a", ("runs/a", None)),
-        ("runs/a@best:3", ("runs/a", "best:3")),
-        ("runs@home/a", ("runs@home/a", None)),
-        ("runs@home/a@7", ("runs@home/a", "7")),
-    ],
-)
-def test_the_checkpoint_of_an_ensemble_s_member(text, expected):
-    assert loading._member(text) == expected
-
-
 def test_a_broken_model_still_gives_a_line_for_each_line(translator, parameters):
     translator.set_parameters(jax.tree.map(lambda p: p * np.nan, parameters))
     try:
@@ -435,27 +356,6 @@ def test_a_broken_model_still_gives_a_line_for_each_line(translator, parameters)
     finally:
         translator.set_parameters(parameters)
     assert [t.text for t in found] == ["", "", ""]
-
-
-@pytest.fixture(scope="module")
-def run(tokenizer, parameters, tmp_path_factory) -> RunDirectory:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "given.model").write_bytes(tokenizer.model)
-    run = RunDirectory.create(folder / "run", Config(model=MODEL_CONFIG, decoding=CONFIG))
-    run.install_tokenizer(folder / "given.model")
-    with Checkpointer(run) as checkpointer:
-        for step, factor in ((1, 1.0), (2, 0.0)):
-            checkpointer.save(step, {"parameters": jax.tree.map(lambda p, f=factor: p * f, parameters)})
-            checkpointer.note(step, -step)
-    return run
-
-
-def test_the_translator_of_a_run_directory(run, translated):
-    """The best checkpoint is the first; its short lines alone, for the sake of one compilation less."""
-    short = [i for i, line in enumerate(LINES) if 0 < len(line) < 12]
-    loaded = Translator.load(run.path)
-    assert [t.text for t in loaded.translate([LINES[i] for i in short])] == [translated[i].text for i in short]
-    assert loaded.config == CONFIG
 
 
 def test_what_is_no_list_of_texts_is_refused(run, translated):
@@ -473,28 +373,3 @@ def test_what_is_no_list_of_texts_is_refused(run, translated):
     for message, mistake in mistakes.items():
         with pytest.raises(TypeError, match=message):
             mistake()
-
-
-@pytest.mark.parametrize("tensor", [-1, 3])
-def test_a_run_of_another_mesh_is_translated_with_on_this_machine(run, tensor, caplog):
-    config = dataclasses.replace(run.config, mesh=MeshConfig(data=1, fsdp=2, tensor=tensor))
-    loaded = Translator.load(run.path, config)
-    assert dict(loaded.decoder.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert f"mesh.tensor={tensor}: decodes with 1, since there are 8 devices" in caplog.text
-
-
-def test_a_mesh_that_does_not_divide_the_model_is_named(run):
-    config = dataclasses.replace(run.config, mesh=MeshConfig(tensor=8))
-    with pytest.raises(ConfigError, match=r"has 4 along 'heads', which mesh.tensor=8 does not divide"):
-        Translator.load(run.path, config)
-
-
-def test_what_a_run_directory_lacks_is_named(run, tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: holds no run \(no config.json\)"):
-        Translator.load(tmp_path / "nowhere")
-    other = RunDirectory.create(tmp_path / "other", Config(model=MODEL_CONFIG))
-    with pytest.raises(InputError, match=r"tokenizer.model: is missing"):
-        Translator.load(other.path)
-    other.install_tokenizer(run.tokenizer_path)
-    with pytest.raises(InputError, match="no finished checkpoint"):
-        Translator.load(other.path)
