@@ -9,6 +9,8 @@ from typing import Any
 
 from tfm.config import InputError
 
+_NONE_LEFT = object()
+
 
 def several(lines: Iterable[Any], what: str) -> Iterable[Any]:
     """The lines. Raises TypeError at a single text, of which each character would be taken for one of them."""
@@ -23,9 +25,6 @@ def checked(lines: Iterable[Any], what: str, first: int = 1, kinds: type | Union
         if not isinstance(line, kinds):
             raise TypeError(f"{what} {number}: expected text, and got {type(line).__name__}")
         yield line
-
-
-_NONE_LEFT = object()
 
 
 def in_step(lines: Iterable[Any], others: Iterable[Any], what: str, first: int) -> Iterator[tuple[Any, Any]]:
