@@ -48,7 +48,7 @@ NOT_NEGATIVE = names("""
     hosts.index hosts.compile_timeout hosts.step_timeout hosts.evaluation_timeout hosts.save_timeout
 """)
 SHARES = names("""
-    model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate
+    model.dropout_rate model.attention_dropout_rate model.activation_dropout_rate model.token_dropout_rate
     optimizer.beta1 optimizer.beta2 optimizer.ema_decay optimizer.final_learning_rate training.label_smoothing
 """)
 CHOICES = names("""

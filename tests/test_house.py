@@ -140,7 +140,7 @@ def test_the_paper_s_configs_are_the_paper_s(name, row):
         training.steps,
     )
     assert (model.norm, model.activation, model.tie_embeddings) == ("post", "relu", "all")
-    assert (model.attention_dropout_rate, model.activation_dropout_rate) == (0.0, 0.0)
+    assert (model.attention_dropout_rate, model.activation_dropout_rate, model.token_dropout_rate) == (0.0, 0.0, 0.0)
     assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adam", 0.9, 0.98, 1e-9)
     assert (optimizer.schedule, optimizer.warmup_steps, optimizer.learning_rate) == ("inverse_sqrt", 4000, None)
     assert (optimizer.clip_norm, optimizer.ema_decay, optimizer.weight_decay) == (0.0, 0.0, 0.0)

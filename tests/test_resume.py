@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[1]
 STEPS = 36
 # Two devices that share parameters, dropout, accumulation, a moving average: whatever could go on in another way.
 CHANGES = {
-    **{"model.attention_dropout_rate": 0.1, "model.activation_dropout_rate": 0.1, "optimizer.ema_decay": 0.9},
+    **{
+        "model.attention_dropout_rate": 0.1,
+        "model.activation_dropout_rate": 0.1,
+        "model.token_dropout_rate": 0.1,
+        "optimizer.ema_decay": 0.9,
+    },
     **{"mesh.data": 1, "mesh.fsdp": 2, "training.gradient_accumulation": 2, "data.window_pairs": 500},
     **{"training.steps": STEPS, "training.checkpoint_every": 4, "training.evaluate_every": STEPS // 2},
 }

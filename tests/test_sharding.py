@@ -28,6 +28,7 @@ CONFIG = Config(
         tie_embeddings="target",
         attention_dropout_rate=0.1,
         activation_dropout_rate=0.1,
+        token_dropout_rate=0.1,
     ),
     data=DataConfig(source_row_length=12, target_row_length=10),
     training=TrainingConfig(target_tokens_per_batch=80),

@@ -62,6 +62,8 @@ class ModelConfig:
     """Share of attention weights dropped, 0 to 1."""
     activation_dropout_rate: float = _share(0.0)
     """Share of the feed-forward block's inner features dropped, 0 to 1."""
+    token_dropout_rate: float = _share(0.0)
+    """Share of input tokens, on both sides, whose vectors are left out whole, 0 to 1; their positions stay."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
     attention: Literal["auto", "plain"] = "auto"

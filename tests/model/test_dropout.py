@@ -173,6 +173,7 @@ def test_the_train_step_has_no_generator(remat):
             decoder_layers=1,
             attention_dropout_rate=0.1,
             activation_dropout_rate=0.1,
+            token_dropout_rate=0.1,
         ),
         data=DataConfig(source_row_length=8, target_row_length=8),
         training=TrainingConfig(target_tokens_per_batch=64, remat=remat),
@@ -188,6 +189,7 @@ def test_the_train_step_has_no_generator(remat):
 
     text = lowered(trainer)
     assert "rng" not in text and "threefry" not in text
-    without = dataclasses.replace(config.model, dropout_rate=0, attention_dropout_rate=0, activation_dropout_rate=0)
+    rates = ("dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "token_dropout_rate")
+    without = dataclasses.replace(config.model, **dict.fromkeys(rates, 0.0))
     plain = lowered(Trainer(dataclasses.replace(config, model=without), Transformer(without, 100, remat=remat), mesh))
     assert text.count("shift_right_logical") > plain.count("shift_right_logical")  # that is: dropout was in it

@@ -170,6 +170,23 @@ def test_each_rate_has_its_own_effect(kind, rate):
     np.testing.assert_array_equal(apply(plain, parameters, inputs, key), apply(plain, parameters, inputs))
 
 
+def test_a_share_of_the_tokens_is_left_out_and_their_positions_stay():
+    rows, length, rate = 40, 50, 0.25
+    c = config(token_dropout_rate=rate)
+    embedding = Embedding(c, 30, jnp.dtype("float32"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 30, (rows, length)))
+    positions = jnp.arange(length)[None]
+    parameters = unboxed(embedding.init(jax.random.key(0), tokens, positions, None))
+    whole = np.asarray(embedding.apply(parameters, tokens, positions, None))
+    key = dropout_key(0, jnp.int32(0), jnp.arange(rows))
+    found = np.asarray(embedding.apply(parameters, tokens, positions, key))
+    where = np.asarray(sinusoids(positions, D))
+    dropped = np.all(found == where, axis=-1)
+    assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / dropped.size)
+    expected = where + np.where(dropped[..., None], 0, (whole - where) / (1 - rate))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_every_site_of_a_layer_draws_its_own_bits(monkeypatch):
     """Collects (site, shape) of every mask that a decoder layer draws."""
     drawn = []

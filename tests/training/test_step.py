@@ -26,6 +26,7 @@ MODEL = ModelConfig(
     dropout_rate=0.2,
     attention_dropout_rate=0.2,
     activation_dropout_rate=0.2,
+    token_dropout_rate=0.2,
 )
 # Adam's update with a small epsilon is a sign: the rounding of a gradient that is nearly nothing would decide it.
 SMOOTH = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-3)

@@ -17,7 +17,10 @@ from tfm.model.projection import Projection, matmul_precision
 from tfm.sharding import constrain
 
 # Where in a layer dropout is applied; each site draws bits of its own.
-_SITES = {name: i for i, name in enumerate(("input", "self", "cross", "mlp", "self_weights", "cross_weights", "inner"))}
+_SITES = {
+    name: i
+    for i, name in enumerate(("input", "self", "cross", "mlp", "self_weights", "cross_weights", "inner", "token"))
+}
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}
 
@@ -51,12 +54,17 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, key: DropoutKey | None) -> jax.Array:
         """[B, L, D]: token vectors times √d_model, plus position encodings, with dropout.
 
+        `token_dropout_rate` leaves out whole vectors: the model has to do without a word (Gal & Ghahramani, 2016).
         Positions may be [1, L], where they are the same in each row: their sines are then computed once.
         """
         # Whole in width before rows are looked up: a batch and a width on the same mesh axis could not be told apart.
         table_VD = constrain(self.table_VD, "vocab", None)
-        x_BLD = table_VD[tokens_BL] * math.sqrt(self.config.d_model) + sinusoids(positions_BL, self.config.d_model)
-        x_BLD = dropout(x_BLD, self.config.dropout_rate, key, _SITES["input"]).astype(self.dtype)
+        c, x_BLD = self.config, table_VD[tokens_BL] * math.sqrt(self.config.d_model)
+        if c.token_dropout_rate and key is not None:
+            kept_BL1 = dropout(jnp.ones((*tokens_BL.shape, 1)), c.token_dropout_rate, key, _SITES["token"])
+            x_BLD = x_BLD * kept_BL1
+        x_BLD = x_BLD + sinusoids(positions_BL, c.d_model)
+        x_BLD = dropout(x_BLD, c.dropout_rate, key, _SITES["input"]).astype(self.dtype)
         return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
