@@ -1,6 +1,7 @@
 """One host alone, for which all of it is a no-op; several of them are in test_processes.py."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -114,7 +115,9 @@ def test_the_only_host_of_a_cluster_ends_as_any_program(what, status, said):
         (ValueError("a defect"), 1, ""),
     ],
 )
-def test_one_of_several_hosts_ends_at_once_with_the_status_of_its_error(error, status, said, monkeypatch, capsys):
+def test_one_of_several_hosts_ends_at_once_with_the_status_of_its_error(
+    error, status, said, monkeypatch, capsys, caplog
+):
     """Without Python's way out, which would wait for the others."""
 
     def leave(number: int) -> None:
@@ -124,6 +127,7 @@ def test_one_of_several_hosts_ends_at_once_with_the_status_of_its_error(error, s
         monkeypatch.setattr(hosts, name, lambda *_, value=value: value)
     monkeypatch.setattr(hosts, "_refuse_different_hosts", lambda config: None)
     monkeypatch.setattr(os, "_exit", leave)
+    caplog.set_level(logging.INFO, "tfm")  # to be put back: hosts but the first tell warnings alone
     with pytest.raises(SystemExit) as left, hosts.together(Config()):
         raise error
     assert left.value.code == status and capsys.readouterr().err == said
