@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace, file: Path) -> None:
     workdir = fresh(arguments.out / "multi30k")
     options = (f"--workdir={workdir}", *corpus_of(arguments))
     if arguments.small:
-        options += ("--training.steps=30", "--training.evaluate_every=15")
+        options += ("--training.steps=30", "--training.evaluate_every=15", "--optimizer.warmup_steps=10")
     start = time.time()
     with subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT) as process:
         reached, best = None, 0.0
