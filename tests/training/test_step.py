@@ -12,7 +12,7 @@ from tfm.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig,
 from tfm.data.batches import Batch
 from tfm.data.tokenizer import BOS, EOS
 from tfm.model.transformer import Transformer
-from tfm.training.step import Trainer, TrainState
+from tfm.training.step import Trainer, TrainState, check_rows
 
 ROWS, LENGTH, VOCAB = 16, 16, 100
 POISONED = 90  # a source token that only some batches have
@@ -246,3 +246,12 @@ def test_the_program_does_not_grow_with_depth():
 def test_rows_that_do_not_divide_are_refused_with_numbers_that_do():
     with pytest.raises(ConfigError, match=r"makes 16 rows .* 8 shards and .*gradient_accumulation=4: use 512 or 1024"):
         trainer_of(MeshConfig(data=-1), gradient_accumulation=4)
+
+
+def test_rows_that_do_not_divide_are_told_with_what_does():
+    """Another batch is another run; other parts of it go on with this one."""
+    training = TrainingConfig(target_tokens_per_batch=96 * 16, gradient_accumulation=8)
+    config = Config(data=DataConfig(source_row_length=16, target_row_length=16), training=training)
+    expected = r"use 1024 or 2048 tokens, or training\.gradient_accumulation=1 or 2 or 3 or 4 or 6 or 12$"
+    with pytest.raises(ConfigError, match=expected):
+        check_rows(config, sharding.make_mesh(MeshConfig()))
