@@ -19,7 +19,8 @@ from typing import Any
 
 from tfm import __version__
 from tfm.allocator import keep_freed_memory
-from tfm.config import InputError, near
+from tfm.config import InputError
+from tfm.text import near
 
 _INSISTENCE = 0.3  # seconds between one Ctrl-C and the next
 

@@ -7,11 +7,11 @@ imports JAX, so that `--help` answers at once and a bad value is refused before 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
+
+from tfm.text import near
 
 
 class InputError(Exception):
@@ -359,12 +359,3 @@ def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], where: str) -
     for name in values:
         if name not in known:
             raise ConfigError(f"unknown field {where}{name}{near(name, known, prefix=where)}")
-
-
-def near(name: str, known: Collection[str], prefix: str = "", otherwise: str = "") -> str:
-    """The end of a message about a name unknown: `; did you mean PREFIX…?`, or `otherwise` where none is like it.
-
-    A field named without its section comes first, and then the closest spelling.
-    """
-    alike = [full for full in known if full.rpartition(".")[2] == name] or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{alike[0]}?" if alike else otherwise

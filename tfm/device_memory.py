@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,22 +26,17 @@ class OutOfDeviceMemory(InputError):
 
 
 def room_of(device: Any) -> int | None:
-    """Bytes that a device has for programs; None where nobody says.
+    """Bytes that a device of this host has for programs; None where nobody says.
 
-    Of a CPU, what the system has, in equal shares where one CPU stands for several devices.
+    Of a CPU, what the machine has, in equal shares where one CPU stands for several devices.
     """
-    try:
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):
-        limit = None
-    if limit is not None or device.platform != "cpu":
-        return limit
-    try:
-        lines = Path("/proc/meminfo").read_text().split("\n")
-        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemTotal:"))
-    except (OSError, StopIteration):
-        return None
-    return int(kibibytes) * 1024 // jax.local_device_count()
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return share_of_the_machine() if limit is None and device.platform == "cpu" else limit
+
+
+def share_of_the_machine() -> int:
+    """Bytes of the machine's own memory for each of this host's devices."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def refuse_larger(what: str, needed: int | None, device: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tfm.benchmarking.report import FORMAT
 from tfm.config import InputError
-from tfm.tables import aligned
+from tfm.text import aligned
 
 # A point is one that the other report has, too, where all of these are the same.
 _IDENTITY = ("devices", "rows_per_batch", "source_row_length", "target_row_length")

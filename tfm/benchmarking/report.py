@@ -17,7 +17,7 @@ import jax
 from tfm import __version__
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config
-from tfm.tables import aligned
+from tfm.text import aligned
 from tfm.training.metrics import finite
 
 FORMAT = 1

@@ -16,10 +16,11 @@ from tfm.benchmarking.decode import BANNED, DecodeTiming, time_decoding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.report import report
 from tfm.benchmarking.train import TrainTiming, time_training
-from tfm.config import Config, ConfigError, InputError, near
+from tfm.config import Config, ConfigError, InputError
 from tfm.decoding.decoder import check_beam
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.transformer import compute_dtype
+from tfm.text import near
 from tfm.training.step import check_rows
 
 _log = logging.getLogger(__name__)

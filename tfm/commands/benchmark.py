@@ -10,8 +10,9 @@ from typing import Any, Literal
 from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, write_text
 from tfm.commands.options import parse
 from tfm.commands.train import deterministic_where_asked
-from tfm.config import Config, InputError, near
+from tfm.config import Config, InputError
 from tfm.files import at_home
+from tfm.text import near
 
 _log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tfm import config as tfm_config
-from tfm.config import Config, ConfigError, InputError, near
+from tfm.config import Config, ConfigError, InputError
 from tfm.config_checks import check_types, expected
 from tfm.files import as_path, at_home
+from tfm.text import near
 
 Arguments = TypeVar("Arguments")
 

@@ -73,9 +73,9 @@ class Batch(NamedTuple):
 class _Batches:
     """Batches of a fixed shape out of rows that `_rows` tells: the part that training and validation share."""
 
-    def __init__(self, tables: Sequence[Table], config: Config, source_length: int, target_length: int):
+    def __init__(self, tables: Sequence[Table], config: Config, rows: int, source_length: int, target_length: int):
         self.tables = tables
-        self.rows_per_batch = config.rows_per_batch
+        self.rows_per_batch = rows
         self._read_ahead = config.data.read_ahead
         self.source_length = source_length
         """Source tokens in a row."""
@@ -149,7 +149,7 @@ class TrainBatches(_Batches):
         """Raises InputError when the split has no pair. `remember`: keep the plan's row counts in the store."""
         data = config.data
         lengths = (data.source_row_length, data.target_row_length)
-        super().__init__(store.tables(split), config, *lengths)
+        super().__init__(store.tables(split), config, config.rows_per_batch, *lengths)
         self.plan = Plan(
             self.tables,
             {"corpus_hash": store.corpus_hash, "split": split},
@@ -220,10 +220,10 @@ class ValidationBatches(_Batches):
         source, target = pair_lengths(tables, numbers, pairs)
         source_length = _row_length(config.data.source_row_length, int(source.max()))
         target_length = _row_length(config.data.target_row_length, int(target.max()))
-        super().__init__(tables, config, source_length, target_length)
         longer = max(source_length / config.data.source_row_length, target_length / config.data.target_row_length)
         parts = config.training.gradient_accumulation * math.ceil(longer**2)  # attention grows with the square
-        self.rows_per_batch = shards * max(1, config.rows_per_batch // shards // parts)
+        rows = shards * max(1, config.rows_per_batch // shards // parts)
+        super().__init__(tables, config, rows, source_length, target_length)
         self._packed = Rows.grouped(*pack(source, target, source_length, target_length), numbers, pairs)
 
     def __len__(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -315,9 +314,7 @@ def place(plan: Figures) -> str:
 
 def _memory_of(device: Any) -> float:
     """Bytes of memory that a device has; where nobody says, what its kind has, or a share of the machine's."""
-    if room := device_memory.room_of(device):
+    room, chip = device_memory.room_of(device), chip_of(device.device_kind)
+    if room is not None:
         return float(room)
-    chip = chip_of(device.device_kind)
-    if chip is not None:
-        return chip.memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return chip.memory if chip is not None else float(device_memory.share_of_the_machine())

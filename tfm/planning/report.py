@@ -13,7 +13,7 @@ from tfm.config import InputError
 from tfm.hlo.collectives import KINDS
 from tfm.planning.plan import Figures, place
 from tfm.sharding import LogicalAxes, is_axes
-from tfm.tables import aligned
+from tfm.text import aligned
 from tfm.training.step import Trainer
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from tfm.chips import TPUS, Chip
-from tfm.config import InputError, near
+from tfm.config import InputError
 from tfm.hlo.collectives import BETWEEN_SLICES, Collective
+from tfm.text import near
 
 # Of those that Google Cloud offers ("TPU v4", "v5e", "v5p" and "v6e" architecture pages), the ones of whole hosts that
 # libtpu knows, with the largest.
