@@ -104,6 +104,27 @@ def test_a_point_that_does_not_fit_costs_none_of_the_others(tiny, make_peak, poi
         benchmark_training(tiny, TrainTiming(), [], jax.devices()[:1], sweep=sweep, make_peak=make_peak)
 
 
+def test_a_point_that_fails_costs_none_before_it(tiny, make_peak, point, monkeypatch):
+    def timed(config, *_):
+        if config.rows_per_batch == 4:
+            raise KeyboardInterrupt
+        return point()
+
+    monkeypatch.setattr("tfm.benchmarking.sweep.time_training", timed)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_training(
+            tiny,
+            TrainTiming(),
+            [],
+            jax.devices()[:1],
+            sweep=Sweep("batch", (1, 2, 4)),
+            make_peak=make_peak,
+            keep=kept.append,
+        )
+    assert [[p["batch"] for p in report["points"]] for report in kept] == [[1], [1, 2]]
+
+
 def test_a_decoding_sweep_changes_one_thing(tiny, make_peak, monkeypatch):
     seen = []
 

@@ -54,6 +54,22 @@ def test_a_sweep_gives_a_table_json_and_a_picture_and_is_compared(config, tmp_pa
     assert "target_tokens_per_second" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["train", "decode"])
+def test_points_are_written_as_they_are_measured(kind, config, tmp_path, monkeypatch):
+    where = tmp_path / "a.json"
+    measure = getattr(sweep, f"time_{'training' if kind == 'train' else 'decoding'}")
+
+    def interrupted(*args, **kwargs):
+        if where.exists():
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(sweep, measure.__name__, interrupted)
+    few = ["--devices=1", "--steps=1", "--warmup=0", "--sweep=batch=2,4", f"--json={where}"]
+    assert main(["benchmark", kind, config, *few]) == 130
+    assert [point["batch"] for point in json.loads(where.read_text())["points"]] == [2]
+
+
 def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
     argv = ["benchmark", "decode", config, "--devices=1", "--steps=1", "--warmup=1", "--length=5", "--beams", "1"]
     assert main([*argv, "--json=-", f"--profile={tmp_path / 'trace'}"]) == 0

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 AXES = ("batch", "length", "devices")
 
 MakePeak = Callable[[Sequence[Any], jnp.dtype], MatmulPeak]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ def benchmark_training(
     *,
     sweep: Sweep | None = None,
     make_peak: MakePeak = MatmulPeak,
+    keep: Keep = lambda report: None,
 ) -> dict[str, Any]:
     """The report of `tfm benchmark train`; several hosts call this together.
 
@@ -108,6 +110,7 @@ def benchmark_training(
       sweep: along batch (rows), length (of source and target rows, with as many tokens a batch as the config has) or
         devices, with as many rows for each device as the config has for all.
       make_peak: measures the peak.
+      keep: is given the report of the points so far after each of them: what comes later may fail.
 
     Raises InputError where the config does not fit the devices, or the corpus cannot be used.
     """
@@ -122,6 +125,10 @@ def benchmark_training(
         check_rows(changed, sharding.make_mesh(changed.mesh, used))  # of all, before the first is measured
         cases.append((value, changed, used))
     points: list[dict[str, Any]] = []
+
+    def so_far() -> dict[str, Any]:
+        return _swept(report("train", config, argv, list(peaks.by_devices.values()), points), sweep)
+
     for value, changed, used in cases:
         try:
             point = time_training(changed, used, _with_folder(timing, sweep, value), peaks.of(used))
@@ -130,7 +137,8 @@ def benchmark_training(
             continue
         points.append(point if sweep is None else {sweep.axis: value, **point})
         _log.info("%.4g target tokens/s, MFU %.3f", point["target_tokens_per_second"], point["mfu"])
-    return _swept(report("train", config, argv, list(peaks.by_devices.values()), points), sweep)
+        keep(so_far())
+    return so_far()
 
 
 def train_config(config: Config, axis: str, value: int) -> Config:
@@ -153,6 +161,7 @@ def benchmark_decoding(
     batches: Sequence[int] | None = None,
     sweep: Sweep | None = None,
     make_peak: MakePeak = MatmulPeak,
+    keep: Keep = lambda report: None,
 ) -> dict[str, Any]:
     """The report of `tfm benchmark decode`; several hosts call this together.
 
@@ -165,6 +174,7 @@ def benchmark_decoding(
       batches: sentences translated at once; one, and as many as decoding.tokens_per_batch has room for, when None.
       sweep: along batch (sentences), length or devices, with as many sentences for each device.
       make_peak: measures the peak.
+      keep: is given the report of the points so far after each of them: what comes later may fail.
 
     Raises InputError where the config does not fit the devices.
     """
@@ -172,7 +182,15 @@ def benchmark_decoding(
     beams = sorted({1, config.decoding.beam_size} if beams is None else set(beams))
     check_beam(beams[-1], config.data.vocab_size, BANNED)  # before the first is measured
     peaks = _Peaks(config, make_peak)
-    points = []
+    points: list[dict[str, Any]] = []
+
+    def so_far() -> dict[str, Any]:
+        made = report("decode", config, argv, list(peaks.by_devices.values()), points)
+        alone = [p["search_seconds_median"] for p in points if p["sentences"] == 1 and p["beam_size"] == beams[-1]]
+        if alone:
+            made["latency_seconds_median"] = alone[0]
+        return _swept(made, sweep)
+
     for beam in beams:
         for case in _decoding_cases(config, timing.length, batches, len(devices), sweep):
             used = devices[: case.devices]
@@ -187,11 +205,8 @@ def benchmark_decoding(
                 continue
             points.append(point if sweep is None else {sweep.axis: case.value, **point})
             _log.info("beam %d: %.4g sentences/s of %d", beam, point["sentences_per_second"], case.sentences)
-    made = report("decode", config, argv, list(peaks.by_devices.values()), points)
-    alone = [p["search_seconds_median"] for p in points if p["sentences"] == 1 and p["beam_size"] == beams[-1]]
-    if alone:
-        made["latency_seconds_median"] = alone[0]
-    return _swept(made, sweep)
+            keep(so_far())
+    return so_far()
 
 
 def _leave_out(error: OutOfDeviceMemory, points: Sequence[Any]) -> None:

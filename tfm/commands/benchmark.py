@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -113,17 +114,26 @@ def _check_outputs(arguments: _Both, picture: Path | None) -> None:
         check_profile(arguments.profile)
 
 
+def _keep(arguments: _Both, report: dict[str, Any]) -> None:
+    """Writes the points so far to the JSON file, since what comes later may fail."""
+    from tfm import hosts
+    from tfm.benchmarking.report import as_json
+
+    if hosts.is_first() and arguments.json not in (None, STANDARD_OUTPUT):
+        write_text(arguments.json, as_json(report))
+
+
 def _show(arguments: _Both, report: dict[str, Any], picture: Path | None) -> None:
-    """Tables on standard output, and the files that were asked for."""
+    """Tables or JSON on standard output, and the picture that was asked for; the JSON file has been kept."""
     from tfm.benchmarking.report import as_json, profile_table, table
 
-    if arguments.json != STANDARD_OUTPUT:
+    if arguments.json == STANDARD_OUTPUT:
+        write_text(STANDARD_OUTPUT, as_json(report))
+    else:
         print(table(report["points"]))
         for point in report["points"]:
             if "profile" in point:
                 print(f"\nWhere the time of one run goes\n{table([point])}\n\n{profile_table(point['profile'])}")
-    if arguments.json is not None:
-        write_text(arguments.json, as_json(report))
     if picture is not None:
         from tfm.benchmarking.picture import draw
 
@@ -145,11 +155,12 @@ def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str], devic
     from tfm.benchmarking.sweep import benchmark_decoding, benchmark_training
     from tfm.benchmarking.train import TrainTiming
 
+    keep = functools.partial(_keep, arguments)
     if isinstance(arguments, TrainArguments):
         timing = TrainTiming(
             arguments.lengths, arguments.pipeline, arguments.steps, arguments.warmup, arguments.profile
         )
-        return benchmark_training(config, timing, argv, devices, sweep=sweep)
+        return benchmark_training(config, timing, argv, devices, sweep=sweep, keep=keep)
     timing = DecodeTiming(arguments.length, arguments.steps, arguments.warmup, arguments.profile)
     return benchmark_decoding(
         config,
@@ -159,6 +170,7 @@ def _measured(arguments: Any, config: Config, sweep: Any, argv: list[str], devic
         beams=arguments.beams,
         batches=arguments.batches,
         sweep=sweep,
+        keep=keep,
     )
 
 
