@@ -41,7 +41,7 @@ def plain_loss() -> Iterator[None]:
     from tfm.training import step
     from tfm.training.loss import LossSums
 
-    def cross_entropy(x, table, targets, weights, label_smoothing, vocab_size, chunks):
+    def cross_entropy(x, table, targets, weights, label_smoothing, vocab_size, chunks, shards):
         logits = jnp.einsum("BTD,VD->BTV", x, table, precision="highest")
         logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -1e9)
         log_probabilities = jax.nn.log_softmax(logits)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tfm import sharding
+from tfm.benchmarking import programs
+from tfm.config import MeshConfig
 from tfm.training.loss import LossSums, chunks_for, cross_entropy
 
 B, T, D, VOCAB, PADDED = 3, 8, 5, 11, 16
@@ -117,6 +120,29 @@ def test_the_logits_of_a_whole_batch_never_stand_in_memory(case):
     whole = f"tensor<{B}x{T}x{PADDED}xf32>"
     assert whole in program(1)
     assert whole not in program(4) and f"tensor<{B}x{T // 4}x{PADDED}xf32>" in program(4)
+
+
+def test_devices_add_up_the_gradient_of_the_table_once(case):
+    """However many pieces the logits are made in; and the figures are those of one device."""
+    x_BTD, table_VD, targets_BT, weights_BT = case
+    x_BTD, targets_BT, weights_BT = (np.concatenate([a] * 8) for a in (x_BTD, targets_BT, weights_BT))
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def compiled(chunks):
+        def loss(x_BTD, table_VD, targets_BT, weights_BT):
+            return cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, 0.1, VOCAB, chunks, shards=8).loss
+
+        value_and_gradient = jax.value_and_grad(loss, argnums=(0, 1))
+        step = jax.jit(value_and_gradient, in_shardings=(rows, whole, rows, rows), out_shardings=(whole, (rows, whole)))
+        return step.lower(x_BTD, table_VD, targets_BT, weights_BT).compile()
+
+    with jax.set_mesh(mesh):
+        at_once, in_pieces = compiled(1), compiled(4)
+        found = in_pieces(*jax.device_put((x_BTD, table_VD, targets_BT, weights_BT), (rows, whole, rows, rows)))
+    assert programs.collectives(in_pieces, 8) == programs.collectives(at_once, 8) != {}
+    for mine, expected in zip(found[1], gradients((x_BTD, table_VD, targets_BT, weights_BT), 4), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tfm.model.attention import MASKED
 from tfm.model.projection import matmul_precision
 from tfm.sharding import constrain
 
@@ -31,7 +30,7 @@ class LossSums(NamedTuple):
     tokens: jax.Array  # number of target tokens
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     x_BTD: jax.Array,
     table_VD: jax.Array,
@@ -40,6 +39,7 @@ def cross_entropy(
     label_smoothing: float,
     vocab_size: int,
     chunks: int = 1,
+    shards: int = 1,
 ) -> LossSums:
     """Cross-entropy with (1 - ε) on the target and ε spread evenly over the vocabulary (Szegedy et al., 2016).
 
@@ -51,8 +51,10 @@ def cross_entropy(
       label_smoothing: ε.
       vocab_size: number of real ids.
       chunks: pieces along T, a divisor of it, that the logits are made in.
+      shards: devices, or groups of them, that the rows lie on, a divisor of B.
     """
-    return _sums(x_BTD, table_VD, targets_BT, weights_BT, label_smoothing, vocab_size, chunks, with_gradient=False)[0]
+    rest = (targets_BT, weights_BT, label_smoothing, vocab_size, chunks, shards)
+    return _sums(x_BTD, table_VD, *rest, with_gradient=False)[0]
 
 
 def _sums(
@@ -63,66 +65,89 @@ def _sums(
     label_smoothing: float,
     vocab_size: int,
     chunks: int,
+    shards: int,
     *,
     with_gradient: bool,
 ) -> tuple[LossSums, tuple[jax.Array, jax.Array] | None]:
     """The sums, and the gradient of `loss` with respect to x [B, T, D] and the table [V, D]."""
     dtype, precision = x_BTD.dtype, matmul_precision(x_BTD.dtype)
-    table = constrain(table_VD.astype(dtype), "vocab", None)
-    ids_11V = jnp.arange(table.shape[0])[None, None]
-    is_real_11V = ids_11V < vocab_size
+    is_real_V = jnp.arange(table_VD.shape[0]) < vocab_size
+    is_real_11V = is_real_V[None, None]
+    # What pads the table repeats its first row: the largest logit is then a real one, with no pass to mask the others.
+    table = jnp.where(is_real_V[:, None], table_VD, table_VD[:1]).astype(dtype)
+    table = constrain(table, "vocab", None)
+    # The mean of the logits is the product with the mean row.
+    mean_row_D = jnp.sum(jnp.where(is_real_V[:, None], table, 0), axis=0, dtype=jnp.float32) / vocab_size
+    mean_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), mean_row_D, precision=jax.lax.Precision.HIGHEST)
 
-    def chunk(total: tuple[LossSums, jax.Array | None], piece: tuple[jax.Array, ...]) -> tuple:
-        sums, table_gradient_VD = total
+    def chunk(table_gradient_NDV: jax.Array | None, piece: tuple[jax.Array, ...]) -> tuple:
         x_BCD, targets_BC, weights_BC = piece
         # For a gradient, logits lie in memory in the dtype of the products; all sums of them are float32 in any case.
         kept_as = dtype if with_gradient else jnp.float32
         logits_BCV = jnp.einsum("BCD,VD->BCV", x_BCD, table, precision=precision, preferred_element_type=kept_as)
         logits_BCV = constrain(logits_BCV, "activation_batch", "activation_length", "activation_vocab")
         logits_BCV = logits_BCV.astype(jnp.float32)
-        logits_BCV = jnp.where(is_real_11V, logits_BCV, MASKED)
-        is_target_BCV = ids_11V == targets_BC[..., None]
-        # One pass each: maximum, then everything that sums over the vocabulary.
         max_BC = jnp.max(logits_BCV, axis=-1)
-        exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
+        exp_BCV = jnp.where(is_real_11V, jnp.exp(logits_BCV - max_BC[..., None]), 0.0)
         normaliser_BC = jnp.sum(exp_BCV, axis=-1)
-        target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
-        mean_BC = jnp.sum(jnp.where(is_real_11V, logits_BCV, 0.0), axis=-1) / vocab_size
         lse_BC = max_BC + jnp.log(normaliser_BC)
-        nll_BC = lse_BC - target_BC
-        loss_BC = (1.0 - label_smoothing) * nll_BC + label_smoothing * (lse_BC - mean_BC)
-        sums = LossSums(
-            sums.loss + jnp.sum(loss_BC * weights_BC),
-            sums.nll + jnp.sum(nll_BC * weights_BC),
-            sums.tokens + jnp.sum(weights_BC),
-        )
+        found = lse_BC, _of_targets(logits_BCV, targets_BC)
         if not with_gradient:
-            return (sums, None), None
+            return None, found
         # d loss / d logits = softmax - smoothed target, at the weight of the token.
         scale_BC = weights_BC / normaliser_BC
-        wanted_BCV = jnp.where(is_target_BCV, 1.0 - label_smoothing, 0.0) + label_smoothing / vocab_size
-        gradient_BCV = exp_BCV * scale_BC[..., None] - wanted_BCV * weights_BC[..., None]
-        gradient_BCV = jnp.where(is_real_11V, gradient_BCV, 0.0).astype(dtype)
-        table_gradient_VD += jnp.einsum(
-            "BCV,BCD->VD", gradient_BCV, x_BCD, precision=precision, preferred_element_type=jnp.float32
+        wanted_BCV = jnp.where(_are_targets(logits_BCV, targets_BC), 1.0 - label_smoothing, 0.0)
+        wanted_BCV += jnp.where(is_real_11V, label_smoothing / vocab_size, 0.0)
+        gradient_BCV = (exp_BCV * scale_BC[..., None] - wanted_BCV * weights_BC[..., None]).astype(dtype)
+        # Lying on its side, for CPUs, to which [V, D] would mean a transposed copy of the gradient.
+        by_shard = (a.reshape(shards, -1, a.shape[-1]) for a in (x_BCD, gradient_BCV))
+        table_gradient_NDV += jnp.einsum(
+            "NRD,NRV->NDV", *by_shard, precision=precision, preferred_element_type=jnp.float32
         )
-        return (sums, table_gradient_VD), jnp.einsum("BCV,VD->BCD", gradient_BCV, table, precision=precision)
+        table_gradient_NDV = constrain(table_gradient_NDV, "activation_batch", None, "activation_vocab")
+        return table_gradient_NDV, (*found, jnp.einsum("BCV,VD->BCD", gradient_BCV, table, precision=precision))
 
-    pieces = jax.tree.map(lambda a: _cut(a, chunks), (x_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    zero = jnp.zeros((), jnp.float32)
-    start = (LossSums(zero, zero, zero), jnp.zeros_like(table_VD) if with_gradient else None)
+    # Devices add up what each has found once, after all pieces.
+    table_gradient_NDV = jnp.zeros((shards, *table.shape[::-1]), jnp.float32) if with_gradient else None
+    weights_BT = weights_BT.astype(jnp.float32)
+    pieces = jax.tree.map(lambda a: _cut(a, chunks), (x_BTD, targets_BT, weights_BT))
     if chunks == 1:
-        (sums, table_gradient_VD), x_gradient = chunk(start, jax.tree.map(lambda a: a[0], pieces))
-        return sums, (x_gradient, table_gradient_VD) if with_gradient else None
-    (sums, table_gradient_VD), x_gradients = jax.lax.scan(chunk, start, pieces)
-    if not with_gradient:
-        return sums, None
-    return sums, (jnp.moveaxis(x_gradients, 0, 1).reshape(x_BTD.shape), table_gradient_VD)
+        table_gradient_NDV, found = chunk(table_gradient_NDV, jax.tree.map(lambda a: a[0], pieces))
+    else:
+        table_gradient_NDV, found = jax.lax.scan(chunk, table_gradient_NDV, pieces)
+        found = jax.tree.map(_joined, found)
+    lse_BT, target_BT, *gradients = found
+    nll_BT = lse_BT - target_BT
+    loss_BT = (1.0 - label_smoothing) * nll_BT + label_smoothing * (lse_BT - mean_BT)
+    sums = LossSums(jnp.sum(loss_BT * weights_BT), jnp.sum(nll_BT * weights_BT), jnp.sum(weights_BT))
+    return sums, (*gradients, jnp.sum(table_gradient_NDV, axis=0).T) if with_gradient else None
+
+
+def _of_targets(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """The logit of each target [B, C]."""
+
+    def looked_up(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+    def summed(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(_are_targets(logits_BCV, targets_BC), logits_BCV, 0.0), axis=-1)
+
+    # Accelerators sum in a pass that they make anyway; to CPUs, it would be one more.
+    return jax.lax.platform_dependent(logits_BCV, targets_BC, cpu=looked_up, default=summed)
+
+
+def _are_targets(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[..., None]
 
 
 def _cut(a: jax.Array, chunks: int) -> jax.Array:
     """[B, T, …] -> [chunks, B, T / chunks, …]: along T, so that each device keeps the rows it has."""
     return jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0)
+
+
+def _joined(a: jax.Array) -> jax.Array:
+    """[chunks, B, C, …] -> [B, chunks * C, …]: what was cut."""
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
 
 
 def _forward(
@@ -133,14 +158,17 @@ def _forward(
     label_smoothing: float,
     vocab_size: int,
     chunks: int,
+    shards: int,
 ) -> tuple[LossSums, tuple[jax.Array, jax.Array]]:
-    return _sums(x_BTD, table_VD, targets_BT, weights_BT, label_smoothing, vocab_size, chunks, with_gradient=True)
+    rest = (targets_BT, weights_BT, label_smoothing, vocab_size, chunks, shards)
+    return _sums(x_BTD, table_VD, *rest, with_gradient=True)
 
 
 def _backward(
     label_smoothing: float,
     vocab_size: int,
     chunks: int,
+    shards: int,
     gradients: tuple[jax.Array, jax.Array],
     cotangents: LossSums,
 ) -> tuple[jax.Array, jax.Array, None, None]:

@@ -146,8 +146,8 @@ class Trainer:
         )
         table_VD = output_table(self.model, parameters)
         rows, length = batch.target_outputs.shape
-        on_a_device = max(1, rows // sharding.batch_shards(self.mesh))
-        chunks = chunks_for(on_a_device, length, table_VD.shape[0], self.logits_per_chunk)
+        shards = sharding.batch_shards(self.mesh)
+        chunks = chunks_for(rows // shards, length, table_VD.shape[0], self.logits_per_chunk)
         return cross_entropy(
             x_BTD,
             table_VD,
@@ -156,6 +156,7 @@ class Trainer:
             label_smoothing,
             self.model.vocab_size,
             chunks,
+            shards,
         )
 
     def _evaluation_step(self, parameters: Any, batch: Batch) -> LossSums:
