@@ -76,8 +76,8 @@ def _sums(
     # What pads the table repeats its first row: the largest logit is then a real one, with no pass to mask the others.
     table = jnp.where(is_real_V[:, None], table_VD, table_VD[:1]).astype(dtype)
     table = constrain(table, "vocab", None)
-    # The mean of the logits is the product with the mean row.
-    mean_row_D = jnp.sum(jnp.where(is_real_V[:, None], table, 0), axis=0, dtype=jnp.float32) / vocab_size
+    # The mean of the logits is the product with the mean row; of the table as it came, in the pass that rounds it.
+    mean_row_D = jnp.sum(jnp.where(is_real_V[:, None], table_VD, 0), axis=0, dtype=jnp.float32) / vocab_size
     mean_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), mean_row_D, precision=jax.lax.Precision.HIGHEST)
 
     def chunk(table_gradient_NDV: jax.Array | None, piece: tuple[jax.Array, ...]) -> tuple:
