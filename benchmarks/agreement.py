@@ -20,9 +20,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from results import write_results
 
 from tfm import backend, sharding
 from tfm.benchmarking.train import DISTINCT_BATCHES, workload
+from tfm.commands.lines import check_writable
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 from tfm.training.loop import train
@@ -50,6 +52,8 @@ class Arguments:
 
 def main() -> None:
     arguments, config = parse("benchmarks/agreement.py", sys.argv[1:], Arguments)
+    if arguments.json is not None:
+        check_writable(arguments.json)
     backend.use_compilation_cache()
     data = dataclasses.replace(config.data, store=str(arguments.workdir / "store"))
     config = dataclasses.replace(config, data=data)
@@ -101,8 +105,7 @@ def main() -> None:
             f"{name:<10} {its['step_seconds'] * 1e3:8.1f} ms a step, rows {its['target_fill']:.1%} full, "
             f"{its['microseconds_per_target_token_at_equal_fill']:8.2f} µs a token, {its['ratio']:.3f}"
         )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"device": mesh.devices.flat[0].device_kind, **report}, indent=1) + "\n")
+    write_results(arguments.json, {"device": mesh.devices.flat[0].device_kind, **report})
 
 
 def _timed(trainer, state, stream, steps: int):

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from train_step import LAYERS, tfm_trainer
-
-from tfm.commands.lines import write_text
+from results import add_json, write_results
+from train_step import LAYERS, devices_for, tfm_trainer
 
 Change = contextlib.AbstractContextManager
 
@@ -227,20 +224,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="128x32", help="ROWSxLENGTH, of source and target")
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--devices", type=int, help="of the CPU; one a core if unset")
+    parser.add_argument("--devices", type=int, help="of the CPU; one a core if unset, where the rows divide")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", help="file for the results; - is standard output")
+    add_json(parser)
     arguments = parser.parse_args()
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    arguments.devices = arguments.devices or cores
+    rows, length = map(int, arguments.shape.split("x"))
+    arguments.devices = arguments.devices or devices_for(rows, cores)
     import jax
 
     from tfm import backend
 
     backend.first_devices(arguments.devices)  # as many of the CPU, and what is freed kept
-    rows, length = map(int, arguments.shape.split("x"))
     shipped = make_step(rows, length, arguments.devices)
     results = {}
     for name in arguments.only:
@@ -256,9 +253,8 @@ def main() -> None:
         }
         spread = f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}"
         print(f"{name:<18} {results[name]['times_as_fast_median']:5.2f} times as fast ({spread})", file=sys.stderr)
-    report = {"what": vars(arguments), "jax": jax.__version__, "command": sys.argv, "candidates": results}
-    if arguments.json:
-        write_text(Path(arguments.json), json.dumps(report, indent=2) + "\n")
+        report = {"what": vars(arguments), "jax": jax.__version__, "command": sys.argv, "candidates": results}
+        write_results(arguments.json, report)  # so far: a later one may fail
 
 
 if __name__ == "__main__":

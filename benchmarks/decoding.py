@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -28,9 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from results import add_json, write_results
 
 from tfm.allocator import keep_freed_memory
-from tfm.commands.lines import write_text
 
 VOCAB, BOS, EOS = 10_000, 2, 1
 Batch = Callable[[int], None]  # translates all sentences, in batches of so many
@@ -48,6 +47,7 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
     count, length = sentences.shape
     backend.decode_on_every_core()
     mesh = sharding.decoding_mesh(tensor=1)
+    shards = sharding.batch_shards(mesh)
     shape = load_config(config).model
     model = Transformer(shape, VOCAB, compute_dtype(shape, jax.default_backend()))
     parameters = jax.jit(lambda: init_parameters(model, 0))()
@@ -60,7 +60,7 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
                 min_length=length,
                 max_extra_tokens=0,
                 max_source_length=length + 1,
-                tokens_per_batch=rows * (length + 1),
+                tokens_per_batch=-(-rows // shards) * shards * (length + 1),  # a bucket divides over the devices
             )
             decoders[rows] = Decoder([model], mesh, config, banned=(0, BOS), scores=False)
             decoders[rows].set_parameters(parameters)
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--without", nargs="*", default=[], choices=["tfm", "ctranslate2", "marian"])
-    parser.add_argument("--json", help="file for the results; - is standard output")
+    add_json(parser)
     arguments = parser.parse_args()
 
     # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
@@ -239,8 +239,7 @@ def main() -> None:
             }
             searches = {name: make() for name, make in makers.items() if name not in arguments.without}
             report["results"].append(compare(searches, beam, len(sentences), arguments.rows, arguments.rounds))
-    if arguments.json:
-        write_text(Path(arguments.json), json.dumps(report, indent=2) + "\n")
+            write_results(arguments.json, report)  # so far: another beam may fail
 
 
 def compare(searches: dict[str, Batch], beam: int, lines: int, rows: list[int], rounds: int) -> dict:

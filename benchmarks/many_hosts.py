@@ -38,6 +38,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from results import add_json, write_results
+
 ROOT = Path(__file__).parents[1]
 DEVICES = 8
 HEARTBEAT = 10  # seconds
@@ -302,7 +304,7 @@ def main() -> None:
         type=Path,
         help="place for the runs, which stay; all but the killed one are taken up again; a temporary one if unset",
     )
-    parser.add_argument("--json", type=Path, help="file for the results; - is standard output")
+    add_json(parser)
     arguments, more = parser.parse_known_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
@@ -310,10 +312,7 @@ def main() -> None:
         place = (arguments.workdir or Path(temporary)).absolute()
         place.mkdir(parents=True, exist_ok=True)
         report = measured(Bench(place, arguments, more), arguments)
-    if arguments.json:
-        from tfm.commands.lines import write_text
-
-        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+    write_results(arguments.json, report)
     sys.exit(0 if all(report["holds"].values()) else 1)
 
 

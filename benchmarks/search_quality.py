@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gzip
-import json
 import random
 import sys
 import time
@@ -21,10 +20,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import AxisType
+from results import add_json, write_results
 
 from tfm import backend, sharding
 from tfm.checkpoint import RunDirectory
-from tfm.commands.lines import write_text
 from tfm.config import Config
 from tfm.data.corpus import to_text
 from tfm.decoding.translation import Translation
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--max_extra_tokens", type=int, help="beyond those of the source; the run's own if unset")
     parser.add_argument("--wide", type=int, default=64, help="beam that search errors are counted against; 0 is none")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path, help="file for the results; - is standard output")
+    add_json(parser)
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     backend.use_compilation_cache()
@@ -66,8 +65,7 @@ def main() -> None:
     report["independence"] = {
         dtype: independence(arguments.workdir, config, lines, arguments.beam, dtype) for dtype in arguments.dtypes
     }
-    if arguments.json:
-        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+    write_results(arguments.json, report)
 
 
 def say(text: str) -> None:

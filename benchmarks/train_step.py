@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -38,13 +37,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from results import add_json, write_results
 
 from tfm.allocator import keep_freed_memory
-from tfm.commands.lines import write_text
 
 if TYPE_CHECKING:  # nothing may import JAX before its threads are limited
     from tfm.data.batches import Batch
@@ -119,10 +117,15 @@ def tfm_trainer(
     return trainer, jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
+def devices_for(rows: int, cores: int) -> int:
+    """Devices that a CPU is made into: one a core, or as many as the rows of a batch divide over."""
+    return next(count for count in range(cores, 0, -1) if rows % count == 0)
+
+
 def tfm_step(rows: int, length: int, arguments: argparse.Namespace, sizes: Sizes) -> Step:
     import jax
 
-    devices = (arguments.devices or arguments.cores) if sizes.platform == "cpu" else 1  # PyTorch has one GPU, too
+    devices = (arguments.devices or devices_for(rows, arguments.cores)) if sizes.platform == "cpu" else 1  # as PyTorch
     inner_rate = DROPOUT if arguments.all_dropout else 0.0
     trainer, batch = tfm_trainer(rows, length, arguments.unroll_layers or sizes.layers, devices, inner_rate, sizes)
     with jax.set_mesh(trainer.mesh):
@@ -259,10 +262,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="PyTorch's; half and all of the processors if unset")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processors that all of it may use")
     parser.add_argument("--unroll-layers", type=int, help="tfm's training.unroll_layers; all if unset")
-    parser.add_argument("--devices", type=int, help="that tfm makes of a CPU; one a core if unset")
+    parser.add_argument(
+        "--devices", type=int, help="that tfm makes of a CPU; one a core if unset, where the rows divide"
+    )
     parser.add_argument("--all-dropout", action="store_true", help="also of attention weights and inner features")
     parser.add_argument("--without-torch", action="store_true")
-    parser.add_argument("--json", help="file for the results; - is standard output")
+    add_json(parser)
     arguments = parser.parse_args()
 
     # XLA takes as many threads as the process may use processors; nothing has imported JAX yet.
@@ -282,8 +287,7 @@ def main() -> None:
     for shape in arguments.shapes:
         rows, length = map(int, shape.split("x"))
         report["results"].append(compare(rows, length, arguments))
-    if arguments.json:
-        write_text(Path(arguments.json), json.dumps(report, indent=2) + "\n")
+        write_results(arguments.json, report)  # so far: a later shape may fail
 
 
 def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:

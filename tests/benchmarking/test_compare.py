@@ -41,6 +41,15 @@ def test_what_points_were_measured_with_is_a_difference(point, report_of):
     assert "lengths: full -> natural" in comparison_table(found)
 
 
+def test_another_program_is_a_difference(point, report_of):
+    first = point(collectives={"all-reduce": 27}, source_padding=0.1, hardware_flops=2e9)
+    second = point(collectives={"all-reduce": 300}, source_padding=0.2, hardware_flops=3e9)
+    found = compare(report_of(first), report_of(second))
+    assert found["differences"] == {"collectives.all-reduce": [27, 300]}
+    figures = found["points"][0]["figures"]
+    assert (figures["source_padding"]["ratio"], figures["hardware_flops"]["ratio"]) == (2, 1.5)
+
+
 def test_differences_are_named(report_of):
     found = compare(report_of(), report_of(config={"model": {"d_model": 32}}, versions={"jax": "2", "torch": "1"}))
     assert found["differences"] == {

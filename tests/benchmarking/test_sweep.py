@@ -1,5 +1,6 @@
 """Sweeps: which config each point has, and reports that can be reproduced."""
 
+import dataclasses
 import json
 
 import jax
@@ -78,11 +79,44 @@ def test_decoding_has_the_latency_of_one_and_the_throughput_of_many(tiny, make_p
     assert report["sentences_per_second"] == report["points"][3]["sentences_per_second"]
 
 
+def test_the_latency_at_the_top_is_of_the_last_point_as_the_rest_is(tiny, make_peak, point, monkeypatch):
+    def timed(config, devices, timing, peak, *, beams, sentences):
+        return point(beam_size=beams, sentences=sentences, search_seconds_median=timing.length / 10)
+
+    monkeypatch.setattr("tfm.benchmarking.sweep.time_decoding", timed)
+    report = benchmark_decoding(
+        tiny,
+        DecodeTiming(length=7),
+        [],
+        jax.devices()[:1],
+        batches=[1],
+        sweep=Sweep("length", (4, 8)),
+        make_peak=make_peak,
+    )
+    assert report["latency_seconds_median"] == 0.8
+
+
 def test_a_sweep_is_refused_before_its_first_point_is_measured(tiny, make_peak, monkeypatch):
     monkeypatch.setattr("tfm.benchmarking.sweep.time_training", lambda *_: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="do not divide over"):
         benchmark_training(
             tiny, TrainTiming(), [], jax.devices()[:2], sweep=Sweep("batch", (2, 3)), make_peak=make_peak
+        )
+
+
+def test_rows_that_a_step_would_not_have_are_refused(tiny):
+    halves = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, gradient_accumulation=2))
+    assert train_config(halves, "batch", 4).rows_per_batch == 4
+    with pytest.raises(ConfigError, match=r"5 rows are no multiple of .* 2: name such numbers"):
+        train_config(halves, "batch", 5)
+
+
+def test_devices_that_do_not_divide_the_parameters_are_refused_first(tiny, make_peak, monkeypatch):
+    monkeypatch.setattr("tfm.benchmarking.sweep.time_training", lambda *_: pytest.fail("measured"))
+    split = dataclasses.replace(tiny, mesh=dataclasses.replace(tiny.mesh, data=1, fsdp=-1))
+    with pytest.raises(ConfigError, match="fsdp"):
+        benchmark_training(
+            split, TrainTiming(), [], jax.devices()[:3], sweep=Sweep("devices", (1, 3)), make_peak=make_peak
         )
 
 

@@ -17,9 +17,18 @@ _IDENTITY += ("beam_size", "sentences", "source_length", "target_length")
 # What a point was measured with, and which its report's config doesn't have.
 _SETTINGS = ("devices", "mesh", "dtype", "vocab_size", "beam_size", "sentences", "rows_per_batch", "source_row_length")
 _SETTINGS += ("target_row_length", "source_length", "target_length", "lengths", "pipeline")
-_SETTINGS += ("warmup_steps", "steps", "warmup_searches", "searches")
-_MEASURED = ("_seconds", "_seconds_median", "_seconds_p10", "_seconds_p90", "_per_second", "_bytes", "_utilisation")
-_MEASURED_NAMES = ("mfu", "mfu_of_published_peak", "matmul_peak_flops")
+_SETTINGS += ("warmup_steps", "steps", "warmup_searches", "searches", "collectives")
+_MEASURED = (
+    "_seconds",
+    "_seconds_median",
+    "_seconds_p10",
+    "_seconds_p90",
+    "_per_second",
+    "_bytes",
+    "_utilisation",
+    "_padding",
+)
+_MEASURED_NAMES = ("mfu", "mfu_of_published_peak", "matmul_peak_flops", "model_flops", "hardware_flops")
 
 
 def read_report(path: Path) -> dict[str, Any]:

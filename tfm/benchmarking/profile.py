@@ -19,12 +19,14 @@ import jax
 from tfm import hosts
 from tfm.config import InputError
 
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (?:\([^=]*?\)|\S+) ([\w-]+)\(")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # Their events last as long as those of what they hold, which are in the trace by themselves.
 _CONTAINERS = {"while", "conditional", "call"}
 # Of an op_name: a module has a plain name, its method comes after a dot, and transformations have parentheses.
 _MODULE = re.compile(r"\w+")
+# What JAX calls the alternatives of a conditional, also of one between platforms.
+_BRANCH = re.compile(r"branch_\d+_fun")
 # The scan over layers, whose modules all have the same name, and the control flow that JAX puts in.
 _NO_PART = {
     "Transformer",
@@ -149,6 +151,7 @@ def part_of(op_name: str, elsewhere: str = "update") -> str:
     `elsewhere`.
     """
     steps = [step.partition(".")[0] for step in op_name.split("/")[:-1]]
-    modules = dict.fromkeys(step for step in steps if _MODULE.fullmatch(step) and step not in _NO_PART)
+    named = (step for step in steps if _MODULE.fullmatch(step) and not _BRANCH.fullmatch(step))
+    modules = dict.fromkeys(step for step in named if step not in _NO_PART)
     part = "/".join(list(modules)[:_DEPTH]) or ("loss" if "jvp(" in op_name else elsewhere)
     return f"{part}, backward" if "transpose(" in op_name else part

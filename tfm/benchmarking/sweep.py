@@ -21,7 +21,7 @@ from tfm.decoding.decoder import check_beam
 from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.transformer import compute_dtype
 from tfm.text import near
-from tfm.training.step import check_rows
+from tfm.training.step import trainer_of
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def benchmark_training(
         if sweep is not None:
             changed = train_config(config, sweep.axis, value)
             used = devices[:value] if sweep.axis == "devices" else devices
-        check_rows(changed, sharding.make_mesh(changed.mesh, used))  # of all, before the first is measured
+        # Of all, before the first is measured; with a corpus, the vocabulary may turn out to be smaller.
+        trainer_of(changed, changed.data.vocab_size, sharding.make_mesh(changed.mesh, used))
         cases.append((value, changed, used))
     points: list[dict[str, Any]] = []
 
@@ -144,7 +145,13 @@ def benchmark_training(
 def train_config(config: Config, axis: str, value: int) -> Config:
     """The config of one point of a sweep. Raises ConfigError where it describes no run."""
     if axis == "batch":
-        return config.with_rows(value)
+        changed = config.with_rows(value)
+        if changed.rows_per_batch != value:
+            raise ConfigError(
+                f"--sweep=batch: {value} rows are no multiple of training.gradient_accumulation "
+                f"{config.training.gradient_accumulation}: name such numbers"
+            )
+        return changed
     if axis == "devices":
         return config.with_rows(value * config.rows_per_batch)
     data = dataclasses.replace(config.data, source_row_length=value, target_row_length=value)
@@ -188,7 +195,7 @@ def benchmark_decoding(
         made = report("decode", config, argv, list(peaks.by_devices.values()), points)
         alone = [p["search_seconds_median"] for p in points if p["sentences"] == 1 and p["beam_size"] == beams[-1]]
         if alone:
-            made["latency_seconds_median"] = alone[0]
+            made["latency_seconds_median"] = alone[-1]
         return _swept(made, sweep)
 
     for beam in beams:
