@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         name = " ".join(["tfm", *arguments[:1]]) if arguments and arguments[0] in COMMANDS else "tfm"
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _drop_what_cannot_be_written()
         return 2
     except KeyboardInterrupt:
         print("tfm: interrupted", file=sys.stderr)
@@ -112,6 +113,15 @@ def _flush() -> None:
 def _drop_buffered_output() -> None:
     """What is still buffered must not be flushed at exit, into a pipe that nobody reads or onto a disk that is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _drop_what_cannot_be_written() -> None:
+    """After an error: what standard output still holds is written, or else Python would fail at it again at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _drop_buffered_output()
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -233,6 +233,8 @@ def test_text_is_written_or_the_place_named(tmp_path):
 def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
     with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
         check_writable(tmp_path / "none" / "a.json")
+    with pytest.raises(InputError, match=r"cannot be written: File name too long"):
+        check_writable(tmp_path / ("a" * 300))
     check_writable(tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
     (tmp_path / "old.json").write_text("kept")

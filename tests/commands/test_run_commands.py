@@ -100,6 +100,7 @@ def test_files_give_what_the_pipe_gives(trained, monkeypatch, capsysbinary, tmp_
         (["--workdir={trained}", "--output=nowhere/target"], ["nowhere/target", "cannot be written"]),
         (["--workdir={trained}", "--resume"], ["--resume", "--output"]),
         (["--workdir={trained}", "--resume", "--output=-"], ["--resume", "--output"]),
+        (["--workdir={trained}", "--data.target_language=fr"], ["target_language=fr", "no effect on tfm translate"]),
         (["--workdir={trained}", "--mesh.data=7"], ["--mesh.data=7", "no effect on tfm translate"]),
         (["--workdir={trained}", "--decoding.n_best=2"], ["decoding.n_best=2", "decoding.beam_size=1"]),
         (["--workdir={trained}", "--decoding.beam_size=400"], ["decoding.beam_size=400", "tokens"]),
@@ -138,6 +139,12 @@ def test_an_interrupted_translation_is_continued(trained, monkeypatch, capsysbin
     assert status == 2 and "part: was written with --format=text" in err
     status, _, err = translate(monkeypatch, capsysbinary, b"", *argv, f"--input={part}")
     assert status == 2 and "part: is --input as well" in err
+    status, _, err = translate(monkeypatch, capsysbinary, b"", *argv, f"--prefixes={part}")
+    assert status == 2 and "part: is --prefixes as well" in err
+    with part.open("rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert main(["translate", *argv]) == 2
+    assert b"part: is --input as well" in capsysbinary.readouterr().err
     assert part.read_bytes() == whole.read_bytes()
 
 
@@ -335,3 +342,26 @@ def test_a_full_disk_behind_standard_output_is_one_line():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert "no more room" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_translations_that_a_full_disk_does_not_take_are_one_line(trained):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tfm", "translate", f"--workdir={trained}"]
+        done = subprocess.run(command, input="red\n", stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "standard output: cannot be written: No space left" in done.stderr
+    assert "Exception" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_score_reads_on_from_where_standard_input_is(trained, monkeypatch, capsysbinary, tmp_path):
+    (tmp_path / "source").write_text("a header\nred blue\ngreen\n")
+    (tmp_path / "target").write_text("blue red\ngreen\n")
+    command = ["score", f"--workdir={trained}", f"--target={tmp_path / 'target'}"]
+    with (tmp_path / "source").open("rb", buffering=0) as file:
+        assert file.readline() == b"a header\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(file)))
+        assert main([*command, "--source=-"]) == 0
+    found = capsysbinary.readouterr().out
+    (tmp_path / "source").write_text("red blue\ngreen\n")
+    assert main([*command, f"--source={tmp_path / 'source'}"]) == 0
+    assert capsysbinary.readouterr().out == found

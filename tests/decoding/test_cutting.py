@@ -38,6 +38,16 @@ def test_a_line_of_a_hundred_thousand_characters(tokenizer):
     assert sum(map(len, pieces)) / len(pieces) > 40
 
 
+def test_sentences_without_blanks_get_none(tmp_path):
+    """A piece has the tokens that its text has, as in training: no beginning of a word before each sentence."""
+    tokenizer = train_tokenizer(["猫。犬。鳥。"] * 50, tmp_path / "tokenizer.model", 280)
+    line = "猫。犬。鳥。" * 30
+    pieces = list(cut(line, tokenizer, 20))
+    texts = tokenizer.decode(pieces)
+    assert len(texts) > 3 and "".join(texts) == line
+    assert pieces == tokenizer.encode(texts)
+
+
 def test_a_tag_stands_before_every_piece(tmp_path):
     tokenizer = train_tokenizer(WORDS * 20, tmp_path / "tokenizer.model", 300, tags=["<2de>"])
     pieces = list(cut(" <2de> " + "haus tür. " * 30, tokenizer, 20))

@@ -57,7 +57,7 @@ def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
     seconds = time.perf_counter() - start
     if not hosts.is_first():
         return
-    scores = corpus_scores(hypotheses, references)
+    scores = corpus_scores(hypotheses, references, config.data.target_language)
     if (tokenised := tokenised_bleu(hypotheses, references, config.data.target_language)) is not None:
         scores["bleu_lowercased_tokenised"] = tokenised
     log_rate(translator, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import select
 import sys
 import zlib
@@ -148,6 +149,13 @@ class Output:
             self.begins_with = self.begins_with or block[:100]
             offset += len(block)
 
+    def is_also(self, file: IO[bytes]) -> bool:
+        """Whether an open file is the regular one that is written."""
+        try:
+            return self._whole is not None and os.path.samestat(os.fstat(self._file.fileno()), os.fstat(file.fileno()))
+        except OSError:  # no file at all, but bytes in memory
+            return False
+
     def _take_back(self) -> None:
         if self._whole is not None:
             self._file.truncate(self._whole)
@@ -217,10 +225,12 @@ def _is_special(path: Path) -> bool:
 
 def check_writable(path: Path) -> None:
     """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
-    if path == STANDARD_OUTPUT or _is_special(path):  # whoever reads a pipe would take its closing for the end
+    if path == STANDARD_OUTPUT:
         return
-    is_new = not path.exists()
     try:
+        if _is_special(path):  # whoever reads a pipe would take its closing for the end
+            return
+        is_new = not path.exists()
         with path.open("ab"):
             pass
         if is_new:  # what fails later should not leave an empty file

@@ -278,6 +278,7 @@ def _tokens(option: _Given) -> Iterator[str]:
 
 _ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
 _OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+_OF_LINES = ("translate", "score", "explain")
 _SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
 _SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
 # Of which a device has nothing but rows, or a part of the heads.
@@ -290,6 +291,8 @@ def _refuse_without_effect(command: str, option: _Given, given: Sequence[_Given]
         raise InputError(f"{option}: has no effect on tfm {command}, which runs on one host: leave it out")
     if option.name.startswith(("training.", "optimizer.")) and command in _OF_A_TRAINED_MODEL:
         raise InputError(f"{option}: has no effect on tfm {command}, which trains nothing: leave it out")
+    if option.name.startswith("data.") and command in _OF_LINES:
+        raise InputError(f"{option}: has no effect on tfm {command}, which reads no corpus: leave it out")
     if command == "benchmark decode" and option.name in _SET_BY_THE_BENCHMARK:
         raise InputError(
             f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"

@@ -46,14 +46,15 @@ def main(argv: list[str]) -> int:
         refuse_shared_standard_input(source=arguments.source, target=arguments.target)
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
         if all(file.seekable() for file in files):
+            starts = [file.tell() for file in files]  # of standard input, something may have been read before
             counts = [sum(1 for _ in raw_lines(file)) for file in files]
             if counts[0] != counts[1]:
                 raise InputError(
                     f"{arguments.source} has {counts[0]} lines and {arguments.target} has {counts[1]}: they must have "
                     "the same number"
                 )
-            for file in files:
-                file.seek(0)
+            for file, start in zip(files, starts, strict=True):
+                file.seek(start)
         output = stack.enter_context(Output(arguments.output)) if hosts.is_first() else None
         from tfm.decoding.translator import Translator
 

@@ -58,10 +58,14 @@ def main(argv: list[str]) -> int:
         refuse_shared_standard_input(input=arguments.input or STANDARD_OUTPUT, prefixes=arguments.prefixes)
         file = opened(arguments.input, stack)
         source = raw_lines(file)
-        prefixes = None if arguments.prefixes is None else raw_lines(opened(arguments.prefixes, stack))
+        forced = None if arguments.prefixes is None else opened(arguments.prefixes, stack)
+        prefixes = None if forced is None else raw_lines(forced)
         target = stack.enter_context(Output(arguments.output, arguments.resume)) if hosts.is_first() else None
         if target is not None and arguments.resume:
-            _refuse_other_file(arguments, target)
+            for name, its in (("--input", file), ("--prefixes", forced)):
+                if its is not None and target.is_also(its):
+                    raise InputError(f"{arguments.output}: is {name} as well: name another --output")
+            _refuse_other_format(arguments, target)
         done = hosts.agreed(0 if target is None else target.lines)
         for lines in (source, prefixes):
             if lines is not None and sum(1 for _ in islice(lines, done)) < done:
@@ -89,10 +93,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _refuse_other_file(arguments: Arguments, target: Output) -> None:
+def _refuse_other_format(arguments: Arguments, target: Output) -> None:
     """Raises InputError where what is to be gone on with is not what this command writes."""
-    if arguments.input is not None and arguments.output.samefile(arguments.input):
-        raise InputError(f"{arguments.output}: is --input as well: name another --output")
     is_json = target.begins_with.startswith(_JSON_BEGINS)
     if target.lines and is_json != (arguments.format == "jsonl"):
         found = "jsonl" if is_json else "text"

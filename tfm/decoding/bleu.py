@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,22 @@ class Score:
     signature: str
 
 
-def corpus_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    """{"bleu", "chrf"}: cased, over detokenised text, as sacreBLEU counts them by default."""
+# Where no blanks divide words, sacreBLEU's default would take a whole sentence for one. It has a tokenizer of Chinese;
+# of the others, characters are what it counts without packages of its own.
+_BLEU_TOKENS = {"zh": "zh"} | dict.fromkeys(("ja", "km", "lo", "my", "th"), "char")
+
+
+def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], language: str = "en") -> dict[str, Score]:
+    """{"bleu", "chrf"}: cased, over detokenised text, as sacreBLEU counts them by default.
+
+    BLEU of Chinese (`language` is of the target: "zh", or "zh_CN") is of its tokens by sacreBLEU, that of other
+    languages without blanks of characters; the signature says so.
+    """
     from sacrebleu.metrics import BLEU, CHRF
 
+    bleu = BLEU(tokenize=_BLEU_TOKENS.get(re.split("[-_]", language.lower())[0]))
     scores = {}
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in (("bleu", bleu), ("chrf", CHRF())):
         value = metric.corpus_score(list(hypotheses), [list(references)]).score
         scores[name] = Score(value, metric.get_signature().format(short=False))
     return scores

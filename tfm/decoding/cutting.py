@@ -10,6 +10,7 @@ from tfm.data.tokenizer import Tokenizer
 
 # Chinese and Japanese put no blank after a full stop, but may close a quotation or a bracket.
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」』”’）])\s*")
+_BLANKS = re.compile(r"\s+")
 
 
 def cut(line: str, tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
@@ -20,27 +21,38 @@ def cut(line: str, tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
     line, tag = tokenizer.split_tag(single_line(line))
     first = [] if tag is None or room < 2 else [tag]
     room -= len(first)
-    for unit in _units(_SENTENCE_ENDS.split(line), tokenizer, room):
+    for unit in _units(line, _between(_SENTENCE_ENDS, line, 0, len(line)), tokenizer, room):
         for at in range(0, len(unit), room):
             yield first + unit[at : at + room]
 
 
-def _units(parts: list[str], tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
-    """Neighbouring parts joined as long as they fit; a part that doesn't fit is cut into words, and a word in two.
+def _units(line: str, spans: list[tuple[int, int]], tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
+    """Neighbouring spans joined as long as they fit; one that doesn't fit is cut into words, and a word in two.
 
     A word is cut as text: its ids may be bytes, and a character cut in two would be none.
     """
     joined: list[int] = []
-    for part, ids in zip(parts, tokenizer.encode(parts), strict=True):
-        if joined and len(joined) + len(ids) > room:
+    begin = end = 0
+    for (start, stop), ids in zip(spans, tokenizer.encode([line[a:b] for a, b in spans]), strict=True):
+        # As one text with what stands before it, where no blank divides them: by itself it would begin with one.
+        together = tokenizer.encode([line[begin:stop]])[0] if joined and start == end else joined + ids
+        if joined and max(len(ids), len(together)) > room:
             yield joined
-            joined = []
-        words = part.split()
+            joined, together = [], ids
+        words = _between(_BLANKS, line, start, stop)
         if len(words) == 1:
-            words = [part[: len(part) // 2], part[len(part) // 2 :]]
-        if len(ids) > room and all(words):
-            yield from _units(words, tokenizer, room)
-        else:
-            joined = joined + ids
+            (start, stop), middle = words[0], sum(words[0]) // 2
+            words = [(start, middle), (middle, stop)]
+        if len(ids) > room and all(a < b for a, b in words):
+            yield from _units(line, words, tokenizer, room)
+        elif ids:
+            begin, end = begin if joined else start, stop
+            joined = together
     if joined:
         yield joined
+
+
+def _between(separator: re.Pattern[str], line: str, start: int, stop: int) -> list[tuple[int, int]]:
+    """The spans of a stretch of a line that separators divide, without those that are empty."""
+    edges = [start, *(edge for found in separator.finditer(line, start, stop) for edge in found.span()), stop]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]

@@ -300,8 +300,9 @@ def _beside(text: str, more: str) -> str:
 
 
 def _without_blanks(character: str) -> bool:
-    """Whether it is Chinese or Japanese; Korean has blanks."""
-    return unicodedata.east_asian_width(character) in ("W", "F") and "HANGUL" not in unicodedata.name(character, "")
+    """Whether it is Chinese or Japanese; Korean has blanks, and an emoji, as wide as they are, is a symbol (S)."""
+    is_wide = unicodedata.east_asian_width(character) in ("W", "F") and unicodedata.category(character)[0] != "S"
+    return is_wide and "HANGUL" not in unicodedata.name(character, "")
 
 
 def _joined(parts: Sequence[Sequence[Hypothesis]]) -> tuple[Hypothesis, ...]:

@@ -192,7 +192,8 @@ class Run:
         sources, references = zip(*self.validation_text, strict=True)
         with device_memory.explained(*device_memory.TRANSLATING), self.translator.with_parameters(parameters):
             hypotheses = [translation.text for translation in self.translator.translate(sources)]
-        return scores | {name: score.value for name, score in corpus_scores(hypotheses, references).items()}
+        found = corpus_scores(hypotheses, references, self.config.data.target_language)
+        return scores | {name: score.value for name, score in found.items()}
 
     def _save(self, step: int) -> None:
         metadata = {"plan": self.batches.plan_identity, "rows_of_windows": self.batches.plan.counts()}
