@@ -307,7 +307,6 @@ def main() -> None:
     add_json(parser)
     arguments, more = parser.parse_known_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as temporary:
         place = (arguments.workdir or Path(temporary)).absolute()
         place.mkdir(parents=True, exist_ok=True)

@@ -30,13 +30,14 @@ def test_scores_are_sacrebleu_s_with_its_defaults():
 
 
 def test_text_without_blanks_is_not_one_word_a_sentence():
-    """9 of 10 characters are right, and 7 of 9, 6 of 8 and 5 of 7 of those that follow each other."""
+    """10 of 11 characters are right, 7 of 10 pairs, 6 of 9 triples and 5 of 8 quadruples."""
     hypotheses, references = ["狗在绿色的草地上跑步。"], ["狗在绿色的草地上奔跑。"]
     as_one_word = corpus_scores(hypotheses, references, "de")["bleu"].value
     for language, tokens in (("zh", "zh"), ("zh_CN", "zh"), ("ja", "char"), ("th-TH", "char")):
         score = corpus_scores(hypotheses, references, language)["bleu"]
         assert f"tok:{tokens}" in score.signature
-        assert score.value > 60 > as_one_word
+        assert score.value == pytest.approx(100 * (10 / 11 * 7 / 10 * 6 / 9 * 5 / 8) ** 0.25)
+        assert as_one_word < score.value
 
 
 def test_signatures_say_how_it_was_counted():
