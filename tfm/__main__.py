@@ -29,6 +29,7 @@ COMMANDS = ("train", "prepare", "translate", "score", "evaluate", "explain", "pl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for wrong input, 130 for Ctrl-C, otherwise the command's own."""
+    keep_freed_memory()  # before any thread is started, by a library or for Ctrl-C
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # as files are, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
@@ -138,7 +139,6 @@ def _dispatch(arguments: list[str]) -> int:
         hint = near(name, COMMANDS, otherwise=f"; there are {', '.join(COMMANDS)}")
         raise InputError(f"{name}: no such command{hint}")
     _log_to_stderr()
-    keep_freed_memory()  # before a command's libraries start threads
     return importlib.import_module(f"tfm.commands.{name}").main(rest)
 
 
