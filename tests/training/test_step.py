@@ -11,6 +11,8 @@ from tfm import sharding
 from tfm.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tfm.data.batches import Batch
 from tfm.data.tokenizer import BOS, EOS
+from tfm.hlo.collectives import collectives_of
+from tfm.hlo.program import Program
 from tfm.model.transformer import Transformer
 from tfm.training.step import Trainer, TrainState, check_rows
 
@@ -218,6 +220,17 @@ def test_every_buffer_of_the_state_is_donated_and_the_step_compiled_once(trainer
     program = trainer.train_step.lower(trainer.abstract_state, batch).as_text()
     assert program.count("tf.aliasing_output") + program.count("jax.buffer_donor") == len(given)
     assert "rng_bit_generator" not in program  # on TPUs and GPUs, it would draw the mask of the whole batch everywhere
+
+
+@pytest.mark.parametrize("logits_per_chunk", [2**22, 1])
+def test_what_devices_of_a_split_batch_wait_for_comes_in_one_order(logits_per_chunk):
+    """Of two sums without an order, devices of a CPU may wait for one each, and then compute one after the other."""
+    trainer = trainer_of(MeshConfig(data=2))
+    trainer.logits_per_chunk = logits_per_chunk
+    program = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile().as_text()
+    found = sorted((one.count, one.kind) for one in collectives_of(Program(program), 2))
+    layers = [(MODEL.decoder_layers, "all-reduce"), (MODEL.encoder_layers, "all-reduce")]
+    assert found == [(1, "all-reduce"), *layers]  # in the loops over layers, and at the end for all the rest
 
 
 def test_metrics_tell_what_the_batch_holds():

@@ -223,12 +223,14 @@ class Trainer:
             jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         tokens = jnp.maximum(sums.tokens, 1.0)
+        # Counts are float32, to be added up over devices together with the gradients: integers would be apart, in no
+        # order with the rest, and devices of a CPU that wait for different sums compute one after the other.
         metrics = {
             "loss": sums.loss / tokens,
             "nll": sums.nll / tokens,
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
-            "source_tokens": jnp.sum(batch.source_segments > 0),
+            "source_tokens": jnp.sum(batch.source_segments > 0, dtype=jnp.float32),
             "target_tokens": sums.tokens,
             "source_padding": jnp.mean((batch.source_segments == 0).astype(jnp.float32)),
             "target_padding": jnp.mean((batch.target_segments == 0).astype(jnp.float32)),
