@@ -18,6 +18,7 @@ import jax
 
 from tfm import hosts
 from tfm.config import InputError
+from tfm.hlo.collectives import KINDS as COLLECTIVES
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -139,9 +140,14 @@ def _parts_of(program: str, elsewhere: str) -> dict[str, str]:
     parts = {}
     for line in program.split("\n"):
         instruction = _INSTRUCTION.match(line)
-        if instruction and instruction[2] not in _CONTAINERS:
-            op_name = _OP_NAME.search(line)
-            parts[instruction[1]] = part_of(op_name[1], elsewhere) if op_name else f"{instruction[2]}, of no known part"
+        if instruction is None or instruction[2] in _CONTAINERS:
+            continue
+        name, opcode = instruction.groups()
+        op_name = _OP_NAME.search(line)
+        if (kind := opcode.removesuffix("-start").removesuffix("-done")) in COLLECTIVES:
+            parts[name] = f"{kind}, waiting included"  # for many parts at once, and as long as other devices take
+        else:
+            parts[name] = part_of(op_name[1], elsewhere) if op_name else f"{opcode}, of no known part"
     return parts
 
 
