@@ -14,7 +14,7 @@ PROGRAM = """
   %dot.1 = f32[4]{0} dot(%a, %b), metadata={op_name="jit(f)/jvp(Transformer)/decoder/self_attention/dot_general"}
   %while.2 = (f32[4]{0}, s32[]) while(%t), metadata={op_name="jit(f)/jvp(Transformer)/decoder/while"}
   ROOT %fusion.3 = (f32[4]{0}, s32[]) fusion(%a), kind=kLoop
-  %all-reduce.5 = (f32[4]{0:T(2)}, s32[], s32[], s32[], s32[], /*index=5*/s32[]) all-reduce(%a), metadata={op_name="decoder/add"}
+  %all-reduce.5 = (u8[4]{0:T(2)}, u8[], u8[], u8[], u8[], /*index=5*/u8[]) all-reduce(%a), metadata={op_name="a/b"}
   add.4 = f32[] add(x, y), metadata={op_name="jit(f)/add"}
 """
 
