@@ -73,9 +73,9 @@ def _sums(
     dtype, precision = x_BTD.dtype, matmul_precision(x_BTD.dtype)
     is_real_V = jnp.arange(table_VD.shape[0]) < vocab_size
     is_real_11V = is_real_V[None, None]
+    table_VD = constrain(table_VD, "vocab", None)  # as the embeddings have it: with fsdp, it is gathered once for all
     # What pads the table repeats its first row: the largest logit is then a real one, with no pass to mask the others.
     table = jnp.where(is_real_V[:, None], table_VD, table_VD[:1]).astype(dtype)
-    table = constrain(table, "vocab", None)
     # The mean of the logits is the product with the mean row; of the table as it came, in the pass that rounds it.
     mean_row_D = jnp.sum(jnp.where(is_real_V[:, None], table_VD, 0), axis=0, dtype=jnp.float32) / vocab_size
     mean_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), mean_row_D, precision=jax.lax.Precision.HIGHEST)
@@ -100,14 +100,17 @@ def _sums(
         wanted_BCV += jnp.where(is_real_11V, label_smoothing / vocab_size, 0.0)
         gradient_BCV = (exp_BCV * scale_BC[..., None] - wanted_BCV * weights_BC[..., None]).astype(dtype)
         # Lying on its side, for CPUs, to which [V, D] would mean a transposed copy of the gradient.
-        by_shard = (a.reshape(shards, -1, a.shape[-1]) for a in (x_BCD, gradient_BCV))
+        by_shard = (a.reshape(shards, -1, *a.shape[1:]) for a in (x_BCD, gradient_BCV))
         table_gradient_NDV += jnp.einsum(
-            "NRD,NRV->NDV", *by_shard, precision=precision, preferred_element_type=jnp.float32
+            "NRCD,NRCV->NDV", *by_shard, precision=precision, preferred_element_type=jnp.float32
         )
-        table_gradient_NDV = constrain(table_gradient_NDV, "activation_batch", None, "activation_vocab")
+        if shards > 1:
+            table_gradient_NDV = constrain(table_gradient_NDV, "activation_batch", None, "activation_vocab")
         return table_gradient_NDV, (*found, jnp.einsum("BCV,VD->BCD", gradient_BCV, table, precision=precision))
 
-    # Devices add up what each has found once, after all pieces.
+    # Devices add up what each has found once, after all pieces. Of one piece, it is left to the compiler: it adds the
+    # embeddings' share first, and leaves each device with the part that is to be its own.
+    shards = 1 if chunks == 1 else shards
     table_gradient_NDV = jnp.zeros((shards, *table.shape[::-1]), jnp.float32) if with_gradient else None
     weights_BT = weights_BT.astype(jnp.float32)
     pieces = jax.tree.map(lambda a: _cut(a, chunks), (x_BTD, targets_BT, weights_BT))
