@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         from tfm.files import FULL
 
-        if error.filename is not None or error.errno not in FULL:
+        if error.filename is not None:
+            print(f"tfm: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            _drop_what_cannot_be_written()
+            return 2
+        if error.errno not in FULL:
             raise
         _drop_buffered_output()
         print(f"tfm: error: what was being written has no more room ({error.strerror}): free some", file=sys.stderr)
@@ -113,7 +117,8 @@ def _flush() -> None:
 
 def _drop_buffered_output() -> None:
     """What is still buffered must not be flushed at exit, into a pipe that nobody reads or onto a disk that is full."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _drop_what_cannot_be_written() -> None:

@@ -32,6 +32,11 @@ def _share(default: float) -> Any:
     return dataclasses.field(default=default, metadata={"low": 0, "below": 1})
 
 
+def _seed() -> Any:
+    """A field that counter-based hashes take, whose numbers are uint32."""
+    return dataclasses.field(default=0, metadata={"low": 0, "below": 2**32})
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The encoder-decoder Transformer; the defaults are the paper's base model (Vaswani et al., 2017, Table 3)."""
@@ -173,7 +178,7 @@ class TrainingConfig:
     """Micro-batches that one update's batch is computed in."""
     label_smoothing: float = _share(0.1)
     """Probability spread evenly over the vocabulary, 0 to 1."""
-    seed: int = _at_least(0, 0)
+    seed: int = _seed()
     """Seed of initial parameters, dropout and the order of the data."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again to save memory: nothing, all but matrix products, or whole layers."""
@@ -270,7 +275,7 @@ class DecodingConfig:
     """Only so many of the likeliest tokens can be drawn; 0 is all."""
     sampling_top_p: float = _at_least(0, 1.0)
     """Only the likeliest tokens that have together at least this probability can be drawn; 1 is all."""
-    sampling_seed: int = _at_least(0, 0)
+    sampling_seed: int = _seed()
     """Seed of what is drawn; it depends on this and on a line's number and text, and on nothing else."""
     ensemble_mean: Literal["log_probs", "probs"] = "log_probs"
     """What is averaged where several models translate together."""

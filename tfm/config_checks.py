@@ -46,6 +46,8 @@ def check_ranges(config: Config) -> None:
             if choices and value not in choices:
                 raise ConfigError(f"{name}={value!r}: must be one of {', '.join(choices)}")
             low, below = field.metadata.get("low"), field.metadata.get("below")
+            if below is None and type(value) is int:
+                below = 2**31  # what devices count with is int32
             # Written so that NaN, which is on neither side of anything, fails too.
             if value is not None and low is not None and not low <= value:
                 raise ConfigError(f"{name}={value}: must be at least {low}")
@@ -84,6 +86,7 @@ def check_together(config: Config) -> None:
     """Raises ConfigError at values that contradict each other, naming the fields."""
     _check_model(config.model)
     _check_data(config.data)
+    _check_tokenizer(config.data, config.training)
     _check_optimizer(config.optimizer, config.training)
     _check_training(config.training, config.data)
     _check_decoding(config.decoding)
@@ -113,13 +116,6 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"data.train_split and data.validation_split are both {data.train_split!r}: validation must be unseen"
         )
-    if data.tokenizer is not None:
-        for name in ("tokenizer_model", "tokenizer_sample"):
-            if _changed(data, name):
-                raise ConfigError(
-                    f"data.{name}={getattr(data, name)} has no effect with data.tokenizer={data.tokenizer}, which is "
-                    "not trained: leave one of them out"
-                )
     if data.segmentations == 1 and _changed(data, "segmentation_alpha"):
         raise ConfigError(
             f"data.segmentation_alpha={data.segmentation_alpha} has no effect with data.segmentations=1: raise that"
@@ -128,6 +124,17 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"data.segmentation_alpha={data.segmentation_alpha}: with data.tokenizer_model=bpe it is a share, at most 1"
         )
+
+
+def _check_tokenizer(data: DataConfig, training: TrainingConfig) -> None:
+    given = {"data.tokenizer": data.tokenizer, "training.initialize_from": training.initialize_from}
+    for source, value in given.items():
+        for name in ("tokenizer_model", "tokenizer_sample"):
+            if value is not None and _changed(data, name):
+                raise ConfigError(
+                    f"data.{name}={getattr(data, name)} has no effect with {source}={value}, whose tokenizer is not "
+                    "trained: leave one of them out"
+                )
 
 
 def _check_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> None:
@@ -176,8 +183,6 @@ def _check_training(training: TrainingConfig, data: DataConfig) -> None:
             f"data.target_row_length={data.target_row_length}, and training.gradient_accumulation="
             f"{training.gradient_accumulation} needs at least as many rows: raise the first or lower the others"
         )
-    if training.seed >= 2**32:
-        raise ConfigError(f"training.seed={training.seed}: must be below 2**32")
 
 
 def _check_decoding(decoding: DecodingConfig) -> None:
@@ -197,8 +202,6 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             f"decoding.sampling_temperature={decoding.sampling_temperature}: must be at least {_LEAST_TEMPERATURE}; "
             "greedy search is decoding.beam_size=1"
         )
-    if decoding.sampling_seed >= 2**32:
-        raise ConfigError(f"decoding.sampling_seed={decoding.sampling_seed}: must be below 2**32")
     if not 0 < decoding.sampling_top_p <= 1:
         raise ConfigError(f"decoding.sampling_top_p={decoding.sampling_top_p}: must be above 0, and at most 1")
     if decoding.sampling:

@@ -11,7 +11,7 @@ import jax
 
 from tfm.config import InputError
 
-TRANSLATING = ("a batch of sentences", "lower decoding.tokens_per_batch")
+TRANSLATING = ("a batch of sentences", "lower decoding.tokens_per_batch (or beam_size, n_best, max_extra_tokens)")
 """What runs out of memory where sentences are translated or scored, and what helps."""
 
 _GIB = 2**30

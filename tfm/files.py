@@ -22,16 +22,22 @@ def as_path(path: str | os.PathLike[str]) -> Any:
     """An absolute pathlib.Path, or an epath.Path (which has its methods) of an address such as gs://bucket/run."""
     if "://" in (address := os.fspath(path)):
         import fsspec.config
-        from etils import epath
 
         # Listings are kept for ever there, and a host would never see what another one writes.
         for protocol in (address.partition("://")[0], "gcs"):  # gs:// is opened under either name
             fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-        try:
-            return epath.Path(path)
-        except KeyError as error:
-            raise InputError(f"{address}: no kind of address that can be read: give gs://, s3:// or a path") from error
+        return as_epath(path)
     return at_home(Path(path)).absolute()
+
+
+def as_epath(path: str | os.PathLike[str]) -> epath.Path:
+    """The path or address as it is. Raises InputError at an address of a kind that cannot be read."""
+    from etils import epath
+
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise InputError(f"{path}: no kind of address that can be read: give gs://, s3:// or a path") from error
 
 
 def at_home(path: Path) -> Path:

@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _LAST_WORDS = 5.0  # seconds that the first host, failing, leaves the others: with it, JAX ends them at once
+_LONGER = 10  # seconds that JAX would wait for the others after this module has given up
 _WAIT_MILLISECONDS = 30_000  # of one request; there is another after it, for as long as the hosts live
 # Of `agreed` and `all_agree`, which give each a name of its own: all hosts make the same calls in the same order.
 _calls = itertools.count()
@@ -144,14 +146,15 @@ def _start(hosts: HostsConfig) -> bool:
     # JAX would take SIGTERM for a request, which nothing but training ever looks for: see `heed_sigterm`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            coordinator_address=address,
-            num_processes=size,
-            process_id=number,
-            initialization_timeout=hosts.start_timeout,
-            heartbeat_timeout_seconds=_patience(hosts.heartbeat_timeout),
-            shutdown_timeout_seconds=hosts.heartbeat_timeout,
-        )
+        with _at_most(hosts.start_timeout, f"hosts.coordinator={address}, hosts.count={size}"):
+            jax.distributed.initialize(
+                coordinator_address=address,
+                num_processes=size,
+                process_id=number,
+                initialization_timeout=hosts.start_timeout + _LONGER,
+                heartbeat_timeout_seconds=_patience(hosts.heartbeat_timeout),
+                shutdown_timeout_seconds=hosts.heartbeat_timeout,
+            )
     except ValueError as error:
         if (address, size, number) == (None, None, None):
             if "coordinator_address should be defined" in str(error):
@@ -174,6 +177,24 @@ def _start(hosts: HostsConfig) -> bool:
         ) from error
     _log.info("host %d of %d, %d of %d devices", index(), count(), jax.local_device_count(), jax.device_count())
     return True
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float, where: str) -> Iterator[None]:
+    """Ends this process with one line where the others do not come in time; JAX would abort it, with a stack in C++."""
+
+    def give_up() -> None:
+        message = f"{where}: not all of them came within hosts.start_timeout={seconds} seconds: are all running?"
+        print(f"tfm: error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _patience(seconds: int) -> int:
@@ -203,6 +224,8 @@ def _wait_for_the_first(address: str, seconds: float) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, seconds)).close()
             return
+        except UnicodeError as error:
+            raise ConfigError(f"hosts.coordinator={address}: no host can have that name ({error})") from error
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise InputError(

@@ -76,7 +76,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if sizes[0] % config.slices:
         raise ConfigError(
             f"mesh.slices={config.slices} does not divide mesh.data={sizes[0]}, the only axis that crosses slices: "
-            "lower mesh.fsdp or mesh.tensor"
+            + ("lower mesh.fsdp or mesh.tensor" if sizes[0] < len(devices) else "set it to what there is")
         )
     if devices[0].platform == "cpu":  # topology-aware placement has nothing to know about simulated devices
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=auto)

@@ -37,6 +37,19 @@ def test_a_step_damaged_twice_keeps_both(copy):
     assert {path.name for path in (copy.checkpoints_path / "damaged").iterdir()} == {"3", "3-2"}
 
 
+def test_a_copy_without_manifests_is_no_run_to_start_anew(copy):
+    for step in (1, 2, 3):
+        (copy.checkpoints_path / str(step) / "manifest.json").unlink()
+    with (
+        pytest.raises(
+            InputError, match=r"no usable checkpoint: step 1: has no manifest; step 2: .*put back a good copy"
+        ),
+        Checkpointer(copy) as checkpointer,
+    ):
+        checkpointer.resume(abstract(small_state(0)))
+    assert {path.name for path in copy.checkpoints_path.iterdir()} == {"1", "2", "3"}
+
+
 def test_an_unfinished_step_is_passed_over_and_said(copy, caplog):
     (copy.checkpoints_path / "3" / "manifest.json").unlink()
     (copy.checkpoints_path / "4.orbax-checkpoint-tmp" / "parameters").mkdir(parents=True)

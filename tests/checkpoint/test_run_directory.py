@@ -36,6 +36,15 @@ def test_a_new_run_starts_in_a_directory_that_holds_nothing_of_another(tmp_path,
     assert RunDirectory.open(tmp_path / place).config == config
 
 
+def test_what_the_config_itself_puts_into_the_directory_is_no_other_s(tmp_path):
+    for name in ("tokens", "tokens.partial", "cache"):
+        (tmp_path / name).mkdir()
+    places = dict(data__store=str(tmp_path / "tokens"), data__cache_dir=str(tmp_path / "cache" / "below"))
+    with pytest.raises(InputError, match=r"holds cache, tokens, tokens\.partial and no config\.json"):
+        RunDirectory.create(tmp_path, Config())
+    RunDirectory.create(tmp_path, override(Config(), **places))
+
+
 def test_a_start_that_was_refused_leaves_room_for_the_right_config(tmp_path):
     run = RunDirectory.create(tmp_path, override(Config(), data__corpus=("text:typo",)))  # and then no such corpus
     assert RunDirectory.create(tmp_path, Config()).config == Config()

@@ -113,6 +113,13 @@ def test_gzip_is_known_by_its_bytes_and_named_where_it_is_damaged(tmp_path):
                 list(raw_lines(opened(tmp_path / name, stack)))
 
 
+def test_gzip_out_of_a_pipe_is_refused_since_nobody_can_look_before():
+    packed = gzip.compress(b"a\nb\n")
+    with pytest.raises(InputError, match="standard input: begins as a gzip file does: unpack it first, with zcat"):
+        list(raw_lines(io.BytesIO(packed)))
+    assert next(raw_lines(io.BytesIO(b"a\n" + packed))) == b"a"
+
+
 @pytest.mark.parametrize("is_named", [False, True])
 def test_a_full_pipe_that_does_not_wait_is_waited_for(monkeypatch, is_named):
     """Standard output is a buffer above such a pipe; one that is named is written to itself."""
@@ -242,7 +249,7 @@ def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
     assert (tmp_path / "old.json").read_text() == "kept"
 
 
-def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path):
+def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path, monkeypatch):
     report, picture = tmp_path / "a.json", tmp_path / "a.png"
     check_outputs(None, None)
     check_outputs(STANDARD_OUTPUT, picture)
@@ -253,6 +260,12 @@ def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path):
         check_outputs(report, STANDARD_OUTPUT)
     with pytest.raises(InputError, match=r"--json=.*a\.png: the map would overwrite it: name another"):
         check_outputs(picture, picture, "the map")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--json=a\.png: the map would overwrite it: name another"):
+        check_outputs(Path("a.png"), picture, "the map")
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(InputError, match="standard output is closed: name a file to write"):
+        check_outputs(STANDARD_OUTPUT, None)
     with pytest.raises(InputError, match=r"none/a\.png: cannot be written"):
         check_outputs(report, tmp_path / "none" / "a.png")
 

@@ -7,11 +7,13 @@ import pytest
 from tfm.__main__ import main
 
 TINY = ["--model.d_model=16", "--model.d_ff=32", "--model.num_heads=2", "--model.encoder_layers=1"]
-TINY += ["--model.decoder_layers=1", "--data.vocab_size=300", "--training.target_tokens_per_batch=4096"]
+TINY += ["--model.decoder_layers=1", "--data.vocab_size=300"]
+BATCH = "--training.target_tokens_per_batch=4096"
 
 
 def plan(*options: str) -> int:
-    return main(["plan", "--config=base", *TINY, *options])
+    batch = [] if any(option.startswith("--rows_per_chip") for option in options) else [BATCH]
+    return main(["plan", "--config=base", *TINY, *batch, *options])
 
 
 def test_without_a_topology_end_to_end(tmp_path, capsys):
@@ -40,6 +42,9 @@ def test_the_parameters_one_a_line(capsys):
         (["--topology=v5e:2x2", "--topology=v5e:5x5"], ["--topology=v5e:5x5"]),
         (["--mesh.data=3"], ["mesh.data=3", "needs 3 devices, and there are 8"]),
         (["--rows_per_chip=0"], ["--rows_per_chip=0", "at least 1"]),
+        (["--rows_per_chip=2", BATCH], [f"{BATCH}: has no effect with --rows_per_chip"]),
+        (["--workdir=runs/mine"], ["--workdir=runs/mine: has no effect with --config"]),
+        (["--data.vocab_size=10000000000"], ["data.vocab_size=10000000000: must be below 2147483648"]),
         (["--picture=x.png"], ["--picture", "name them with --topology"]),
         (["--topology=v5e:2x2", "--meshes=a"], ["--meshes a", "data,fsdp,tensor"]),
         (["--topology=v5e:2x2", "--meshes=-1,1,1", "--mesh.fsdp=4"], ["--mesh.fsdp=4 and --meshes", "leave one"]),

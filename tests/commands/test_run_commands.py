@@ -263,6 +263,36 @@ def test_prepare_takes_the_tokenizer_of_the_run_that_training_starts_from(traine
     assert main(["train", f"--config={config}", *argv]) == 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["translate", "--decoding.sampling=True", "--decoding.beam_size=7"], "beam_size=7: has no effect with --dec"),
+        (["translate", "--decoding.ensemble_mean=probs"], "ensemble_mean=probs: has no effect without --ensemble"),
+        (["translate", "--mesh.tensor=-1"], "--mesh.tensor=-1: expected the number of devices"),
+        (["translate", "--decoding.max_extra_tokens=2147483648"], "max_extra_tokens=2147483648: must be below"),
+        (["evaluate", "--source=a", "--reference=b", "--data.corpus=demo"], "--data.corpus=demo: has no effect with"),
+        (["evaluate", "--source=a", "--reference=b", "--json=./b"], "--json=b: would overwrite --reference"),
+    ],
+)
+def test_what_has_no_effect_or_cannot_be_is_refused(trained, capsys, monkeypatch, tmp_path, argv, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("red\n")
+    assert main([*argv, f"--workdir={trained}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1
+    assert (tmp_path / "b").read_text() == "red\n"
+
+
+def test_translations_on_standard_output_are_all_that_is_there(trained, capfdbinary, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("red blue\n")
+    argv = ["evaluate", f"--workdir={trained}", f"--source={tmp_path / 'a'}", f"--reference={tmp_path / 'b'}"]
+    assert main([*argv, "--output=-"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert out.count(b"\n") == 1 and b"bleu " not in out and b"bleu " in err
+
+
 def test_evaluate_leaves_earlier_results_where_it_cannot_run(trained, capsys, tmp_path):
     for name in ("scores.json", "out"):
         (tmp_path / name).write_text("earlier")
@@ -272,7 +302,7 @@ def test_evaluate_leaves_earlier_results_where_it_cannot_run(trained, capsys, tm
     assert main([*argv, f"--output={tmp_path / 'out'}"]) == 2
     assert "out: exists already" in capsys.readouterr().err
     assert main([*argv, f"--output={tmp_path / 'scores.json'}"]) == 2
-    assert "scores.json: the translations go there as well" in capsys.readouterr().err
+    assert "scores.json: would overwrite --output" in capsys.readouterr().err
     assert {(tmp_path / name).read_text() for name in ("scores.json", "out")} == {"earlier"}
 
 
@@ -307,6 +337,7 @@ def test_explain_shows_where_the_model_looks(trained, monkeypatch, capsys, tmp_p
             ["--source=red", "--training.seed=3"],
             "--training.seed=3: has no effect on tfm explain, which trains nothing",
         ),
+        (["--source=red", "--decoding.n_best=4"], "--decoding.n_best=4: has no effect on tfm explain"),
         (["--source=red", "--model.activation=gelu"], "model.activation=gelu: the run "),
     ],
 )
@@ -334,6 +365,15 @@ def test_two_inputs_cannot_both_be_standard_input(trained, argv, capsys):
 def test_an_address_that_nothing_reads_is_one_line(capsys):
     assert main(["train", "--config=demo", "--workdir=foo://bar"]) == 2
     assert "foo://bar: no kind of address that can be read" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied", "runs/mine")
+
+    monkeypatch.setattr("tfm.commands.plan.main", refuse)
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err == "tfm: error: runs/mine: Permission denied\n"
 
 
 def test_a_full_disk_behind_standard_output_is_one_line():

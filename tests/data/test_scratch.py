@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_disk_without_locks_has_scratch_and_nothing_is_taken_away(tmp_path, mo
     monkeypatch.setattr(module.fcntl, "flock", refuse)
     with locked(tmp_path / "store"):
         pass
-    (tmp_path / "store").rmdir()
+    shutil.rmtree(tmp_path / "store")
     (tmp_path / "tfm-scratch-somebody").mkdir()
     with scratch(tmp_path) as place:
         assert place.is_dir()

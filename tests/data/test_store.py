@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from etils import epath
 from tests.data.stores import config, source_lengths, texts, write_corpus
 from tfm.config import Config, DataConfig, InputError
 from tfm.data import shards, store_builder
+from tfm.data.scratch import MARKER
 from tfm.data.store import _cache_of, open_store, prepare, store_directory
 
 
@@ -175,6 +177,7 @@ def test_other_content_is_not_overwritten(tmp_path, corpus):
 def test_what_a_killed_call_left_is_replaced_and_a_living_one_respected(tmp_path, corpus):
     partial = tmp_path / "store.partial"
     partial.mkdir()
+    (partial / MARKER).touch()
     (partial / "0-train-00007.shard").write_bytes(b"half")
     descriptor = os.open(partial, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -182,7 +185,40 @@ def test_what_a_killed_call_left_is_replaced_and_a_living_one_respected(tmp_path
         prepare(config(corpus), tmp_path / "store")
     os.close(descriptor)
     prepare(config(corpus), tmp_path / "store").verify()
-    assert not partial.exists() and not (tmp_path / "store" / "0-train-00007.shard").exists()
+    assert not partial.exists()
+    assert not {"0-train-00007.shard", MARKER} & {path.name for path in (tmp_path / "store").iterdir()}
+
+
+def test_what_lies_where_the_store_would_be_built_and_is_no_store_s_stays(tmp_path, corpus):
+    partial = tmp_path / "store.partial"
+    (partial / "download").mkdir(parents=True)
+    (partial / "mine.gz").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"store.partial: .* it holds download, which is none of its files"):
+        prepare(config(corpus), tmp_path / "store")
+    assert (partial / "mine.gz").read_bytes() == b"mine" and (partial / "download").is_dir()
+
+
+def test_a_link_to_a_directory_of_another_disk_is_followed(tmp_path, corpus):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "big")
+    prepare(config(corpus), tmp_path / "store").verify()
+    assert (tmp_path / "store").is_symlink() and (tmp_path / "big" / "manifest.json").is_file()
+
+
+def test_a_whole_disk_is_refused_before_anything_is_prepared(tmp_path, corpus, monkeypatch):
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "store")
+    with pytest.raises(InputError, match="store: is a whole disk of its own; name a directory on it"):
+        prepare(config(corpus), tmp_path / "store")
+    assert not (tmp_path / "store.partial").exists()
+
+
+@pytest.mark.parametrize("address", ["https://localhost:1/x", "file:///tmp/x"])
+def test_an_address_of_another_kind_is_refused(corpus, address):
+    with pytest.raises(InputError, match="no kind of address that can be read"):
+        prepare(config(corpus), address)
+    with pytest.raises(InputError, match="no kind of address that can be read"):
+        prepare(config(address), "/never")
 
 
 def test_cache_is_filled_once_and_read_from(tmp_path, corpus):

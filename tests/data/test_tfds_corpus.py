@@ -139,9 +139,19 @@ def test_split_that_the_set_lacks_names_those_it_has(wmt14, monkeypatch):
         read("tfds:wmt14_translate/de-en", "dev")
 
 
+@pytest.mark.parametrize("part", ["train[:90", "train[:foo%]", "train[0:5000]"])
+def test_a_mistyped_part_of_a_split_is_not_taken_for_damage(wmt14, monkeypatch, part):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(wmt14))
+    with pytest.raises(InputError, match=r"is no part of that split: (?!.*damaged)"):
+        read("tfds:wmt14_translate/de-en", part)
+    with pytest.raises(InputError, match="holds no pair"):
+        read("tfds:wmt14_translate/de-en", "train[:0%]")
+
+
 @pytest.mark.parametrize(
     ("spec", "source", "message"),
     [
+        ("tfds:wmt14_translate/de-en:9.9.9", "en", r"9\.9\.9"),
         ("tfds:wmt14_translate/de-en", "fr", r"has the languages de, en, and data\.source_language is 'fr'.*fr-en"),
         ("tfds:wmt14_translate/en-de", "en", r"has no 'en-de'; it has cs-en, de-en, fr-en, hi-en, ru-en"),
         ("tfds:mnist", "en", r"is no translation set; its features are image, label"),

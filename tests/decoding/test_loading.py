@@ -24,6 +24,17 @@ def test_the_checkpoint_of_an_ensemble_s_member(text, expected):
     assert loading._member(text) == expected
 
 
+def test_an_ensemble_s_member_may_have_an_at_in_its_name(tmp_path):
+    (tmp_path / "run@7").mkdir()
+    (tmp_path / "run@7" / "config.json").touch()
+    assert loading._member(f"{tmp_path}/run@7") == (f"{tmp_path}/run@7", None)
+    assert loading._member(f"{tmp_path}/run@7@best") == (f"{tmp_path}/run@7", "best")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(InputError, match=r"run@7: is a run, and so is .*run: rename one of them"):
+        loading._member(f"{tmp_path}/run@7")
+
+
 def test_the_translator_of_a_run_directory(run, translated):
     """The best checkpoint is the first; its short lines alone, for the sake of one compilation less."""
     short = [i for i, line in enumerate(LINES) if 0 < len(line) < 12]

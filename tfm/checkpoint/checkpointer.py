@@ -66,6 +66,9 @@ class Checkpointer(CheckpointReader):
         Nothing is moved when no checkpoint is usable, so that the same command does not start anew the next time.
         """
         restored, damaged = self._restore(abstract_state)
+        unfinished = self._unfinished()
+        if restored is None and len(unfinished) > 1:  # an interrupted save leaves one; this is a copy of a part
+            damaged = dict(damaged) | {step: "has no manifest" for step in unfinished}
         if restored is None and damaged:
             raise self._none_usable(damaged)
         try:
@@ -73,7 +76,6 @@ class Checkpointer(CheckpointReader):
                 for entry in list(self.run.checkpoints_path.iterdir()):
                     if storage.TEMPORARY in entry.name or entry.name.startswith(_REMOVING):
                         remove_tree(entry)
-                unfinished = set(manifests.list_steps(self.run.checkpoints_path)) - self._known().keys()
                 for step in unfinished - damaged.keys():
                     self._put_away_unfinished(step)
                 for step in damaged:
@@ -212,6 +214,11 @@ class Checkpointer(CheckpointReader):
 
     def _read_finished(self) -> dict[int, Manifest]:
         return {step: found for step, found in self._known().items() if isinstance(found, Manifest)}
+
+    def _unfinished(self) -> set[int]:
+        """Steps without a manifest: being saved, or not saved to the end."""
+        path = self.run.checkpoints_path
+        return set(manifests.list_steps(path)) - self._known().keys() if path.exists() else set()
 
     def _put_away_unfinished(self, step: int) -> None:
         """On a disk, Orbax renames what is whole, and only the manifest may be lost; an object store has parts."""

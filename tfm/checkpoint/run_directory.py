@@ -111,7 +111,7 @@ class RunDirectory:
             if self.has_begun():
                 _refuse_other_run(self.config_path, there, config)
         else:
-            _refuse_foreign_files(self.path)
+            _refuse_foreign_files(self.path, config)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -274,15 +274,19 @@ def _refuse_other_run(path: AnyPath, there: Config, now: Config) -> None:
         )
 
 
-def _refuse_foreign_files(path: AnyPath) -> None:
+def _refuse_foreign_files(path: AnyPath, config: Config) -> None:
+    """Raises InputError where a directory without a config.json holds what is no run's, nor named by the config."""
     if not path.exists():
         return
     if isinstance(path, Path) and not stat.S_ISDIR(path.stat().st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    named = [as_path(place) for place in (config.data.store, config.data.cache_dir, config.data.tokenizer) if place]
+    inside = {place.relative_to(path).parts[0] for place in named if place != path and place.is_relative_to(path)}
+    harmless = {*_HARMLESS, *inside, *(f"{name}.partial" for name in inside)}
     foreign = sorted(
         entry.name
         for entry in path.iterdir()
-        if entry.name not in _HARMLESS and not entry.name.startswith(".") and not entry.name.endswith(_HARMLESS_ENDINGS)
+        if entry.name not in harmless and not entry.name.startswith(".") and not entry.name.endswith(_HARMLESS_ENDINGS)
     )
     if foreign:
         names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")

@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, Output, check_writable, write_text
+from tfm.commands.lines import STANDARD_OUTPUT, Output, check_writable, is_same_file, write_text
 from tfm.commands.options import parse
 from tfm.commands.translating import Models, log_rate, translating
 from tfm.config import Config, InputError
@@ -46,8 +46,9 @@ def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
     output = None
     if hosts.is_first():
         if arguments.json is not None:
-            if arguments.json == arguments.output:
-                raise InputError(f"--json={arguments.json}: the translations go there as well: name another")
+            for name in ("output", "source", "reference"):
+                if is_same_file(arguments.json, getattr(arguments, name)):
+                    raise InputError(f"--json={arguments.json}: would overwrite --{name}: name another")
             check_writable(arguments.json)
         if arguments.output is not None:
             output = stack.enter_context(Output(arguments.output))
@@ -70,13 +71,13 @@ def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
         indent=2,
     )
     if arguments.json != STANDARD_OUTPUT:
+        where = sys.stderr if arguments.output == STANDARD_OUTPUT else sys.stdout
         for name, score in scores.items():
-            print(f"{name:<26} {score.value:6.2f}   {score.signature}")
+            print(f"{name:<26} {score.value:6.2f}   {score.signature}", file=where, flush=True)
     # Once the scores are told: a disk may be full.
     if arguments.json is not None:
         write_text(arguments.json, report + "\n")
     if output is not None:
-        sys.stdout.flush()
         output.write(hypotheses)
 
 

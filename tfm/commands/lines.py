@@ -20,6 +20,7 @@ from tfm.training.metrics import finite
 STANDARD_OUTPUT = Path("-")
 """How standard output, or input, is named where a file is expected."""
 
+_PACKED = b"\x1f\x8b\x08"  # how a gzip file begins
 _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
 
 
@@ -36,7 +37,7 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
         file = stack.enter_context(path.open("rb", buffering=0))
         if not file.seekable():
             return file
-        is_packed = file.read(2) == b"\x1f\x8b"
+        is_packed = file.read(len(_PACKED)) == _PACKED
         file.seek(0)
         return stack.enter_context(gzip.GzipFile(str(path), "rb", fileobj=file)) if is_packed else file
     except OSError as error:
@@ -68,15 +69,19 @@ def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    name = getattr(file, "name", None)
+    name = name if isinstance(name, str) and name != "<stdin>" else "standard input"
+    is_first = True
     try:
         while (block := file.read(1 << 16)) != b"":
             if block is None:  # nothing yet, in a pipe whose other end was made not to wait
                 select.select([file], [], [], _SECONDS_OF_SILENCE)
                 continue
+            if is_first and block.startswith(_PACKED):  # nobody looked before: what a pipe has given cannot be put back
+                raise InputError(f"{name}: begins as a gzip file does: unpack it first, with zcat")
+            is_first = False
             yield block
     except (OSError, EOFError, zlib.error) as error:  # the latter two of damaged gzip
-        name = getattr(file, "name", None)
-        name = name if isinstance(name, str) and name != "<stdin>" else "standard input"
         raise InputError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -226,6 +231,8 @@ def _is_special(path: Path) -> bool:
 def check_writable(path: Path) -> None:
     """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
     if path == STANDARD_OUTPUT:
+        if sys.stdout is None:
+            raise InputError("standard output is closed: name a file to write")
         return
     try:
         if _is_special(path):  # whoever reads a pipe would take its closing for the end
@@ -239,11 +246,18 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def is_same_file(one: Path | None, other: Path | None) -> bool:
+    """Whether two paths name one file, there or not, or both standard output."""
+    if one is None or other is None or STANDARD_OUTPUT in (one, other):
+        return one is not None and one == other
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
 def check_outputs(json_file: Path | None, picture: Path | None, what: str = "the picture") -> None:
     """Raises InputError where --json or --picture cannot be written, or both are one file; `what` is drawn there."""
     if picture == STANDARD_OUTPUT:
         raise InputError("--picture=-: a picture is not written to standard output: name a .png file")
-    if picture is not None and picture == json_file:
+    if is_same_file(picture, json_file):
         raise InputError(f"--json={json_file}: {what} would overwrite it: name another")
     for path in (json_file, picture):
         if path is not None:

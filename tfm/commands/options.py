@@ -279,6 +279,16 @@ def _tokens(option: _Given) -> Iterator[str]:
 _ON_ONE_HOST = ("demo", "explain", "plan", "prepare")
 _OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
 _OF_LINES = ("translate", "score", "explain")
+# By command: an option, another one that overrides it, and why.
+_SAMPLED = ("decoding.beam_size", "decoding.sampling", "which draws translations and has no beam")
+_OVERRIDDEN = {
+    "translate": (_SAMPLED,),
+    "evaluate": (_SAMPLED,),
+    "plan": (
+        ("training.target_tokens_per_batch", "rows_per_chip", "which says how large a batch is"),
+        ("workdir", "config", "which says what is planned"),
+    ),
+}
 _SET_BY_THE_BENCHMARK = {f"decoding.{name}" for name in ("min_length", "max_extra_tokens", "max_source_length")}
 _SET_BY_THE_BENCHMARK |= {f"decoding.{name}" for name in ("sampling", "n_best", "sentences_per_batch")}
 # Of which a device has nothing but rows, or a part of the heads.
@@ -297,11 +307,24 @@ def _refuse_without_effect(command: str, option: _Given, given: Sequence[_Given]
         raise InputError(
             f"{option}: has no effect on tfm {command}, whose searches end where --length says: leave it out"
         )
-    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and any(one.name == "meshes" for one in given):
+    for name, other, why in _OVERRIDDEN.get(command.split()[0], ()):
+        if option.name == name and any(one.name == other and one.values[-1] != "False" for one in given):
+            raise InputError(f"{option}: has no effect with --{other}, {why}: leave one of them out")
+    names = {one.name for one in given}
+    if option.name == "decoding.ensemble_mean" and command in _OF_A_TRAINED_MODEL and "ensemble" not in names:
+        raise InputError(f"{option}: has no effect without --ensemble: leave it out")
+    is_of_a_corpus = option.name.startswith("data.") and option.name != "data.target_language"
+    if command == "evaluate" and is_of_a_corpus and "source" in names:
+        raise InputError(f"{option}: has no effect with --source, which is read in place of a corpus: leave it out")
+    if command == "explain" and option.name == "decoding.n_best":
+        raise InputError(f"{option}: has no effect on tfm explain, which shows one translation: leave it out")
+    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and "meshes" in names:
         raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
     if option.name.startswith("mesh."):
         if command == "explain":
             raise InputError(f"{option}: has no effect on tfm explain, which uses one device: leave it out")
+        if command in _OVER_ALL_DEVICES and option.name == "mesh.tensor" and option.values[-1] == "-1":
+            raise InputError(f"{option}: expected the number of devices that share the heads of a layer")
         if command in _OVER_ALL_DEVICES and option.name != "mesh.tensor":
             raise InputError(
                 f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "

@@ -21,12 +21,16 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     arguments, config = parse("prepare", argv, Arguments)
-    from tfm.checkpoint.run_directory import RunDirectory
+    from tfm.checkpoint.run_directory import RunDirectory, unwritable
     from tfm.data.store import prepare, store_directory
 
     run = RunDirectory(arguments.workdir)
     directory = store_directory(config, run.path)
-    store = prepare(config, directory, run.brought_tokenizer(config), run.has_begun())
+    try:
+        has_begun = run.has_begun()
+    except OSError as error:
+        raise unwritable(run.path, error) from error
+    store = prepare(config, directory, run.brought_tokenizer(config), has_begun)
     store.verify()  # whether it was just written or had been there: a disk may have changed it since
     print(store.report)
     print(f"token store: {store.directory}, {store.tokenizer.vocab_size} pieces, corpus hash {store.corpus_hash[:16]}")

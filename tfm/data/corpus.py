@@ -21,6 +21,7 @@ from typing import Any
 from etils import epath
 
 from tfm.config import DataConfig, InputError
+from tfm.files import as_epath
 
 BOM = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -138,7 +139,7 @@ class TextCorpus(Corpus):
         """The source's and the target's file, or the one file of both."""
         languages = [self.source_language, self.target_language] if "{lang}" in self.spec.location else [""]
         return [
-            epath.Path(self.spec.location.replace("{split}", split).replace("{lang}", language)).expanduser()
+            as_epath(self.spec.location.replace("{split}", split).replace("{lang}", language)).expanduser()
             for language in languages
         ]
 

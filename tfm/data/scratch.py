@@ -15,6 +15,9 @@ from etils import epath
 
 from tfm.config import InputError
 
+MARKER = ".tfm-partial"
+"""Empty file in a directory that is being filled."""
+
 _SCRATCH = "tfm-scratch-"
 
 _log = logging.getLogger(__name__)
@@ -22,7 +25,11 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """A new directory, or one that no living process uses, for this process alone; it goes at an error."""
+    """A new directory, or one that a killed process left, emptied, for this process alone; it goes at an error.
+
+    It holds `MARKER` from the beginning on, which is for the caller to remove where the directory is kept. Raises
+    InputError, and touches nothing, where there is something in it and no such file, or a living process uses it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -32,6 +39,7 @@ def locked(directory: Path) -> Iterator[None]:
             raise InputError(f"{directory}: another process is preparing this token store; wait for it") from error
         except OSError as error:
             _log.warning("%s: cannot be locked (%s); prepare it in one process alone", directory, error.strerror)
+        _empty(directory)
         try:
             yield
         except BaseException:
@@ -39,6 +47,19 @@ def locked(directory: Path) -> Iterator[None]:
             raise
     finally:
         os.close(descriptor)
+
+
+def _empty(directory: Path) -> None:
+    """Removes what a killed process left, and says by `MARKER` whose the directory is."""
+    left = sorted(entry.name for entry in directory.iterdir() if entry.name != MARKER)
+    if left and not (directory / MARKER).exists():
+        raise InputError(
+            f"{directory}: the token store is to be built there, and it holds {left[0]}, which is none of its files: "
+            "move it away, or name another data.store"
+        )
+    (directory / MARKER).touch()
+    for name in left:
+        (directory / name).unlink()
 
 
 @contextlib.contextmanager

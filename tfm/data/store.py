@@ -25,10 +25,11 @@ from etils import epath
 from tfm.config import Config, InputError
 from tfm.data.checks import CorpusReport
 from tfm.data.corpus import Corpus, file_identity, file_stamp, open_corpora, parse_spec
-from tfm.data.scratch import locked, scratch, written
+from tfm.data.scratch import MARKER, locked, scratch, written
 from tfm.data.shards import FORMAT, MANIFEST, TOKENIZER, PairTable, map_shard
 from tfm.data.store_builder import build_store
 from tfm.data.tokenizer import Tokenizer
+from tfm.files import as_epath, at_home
 
 # What a store depends on: a store prepared with other values of these is another store.
 _FIELDS = (
@@ -108,7 +109,7 @@ def open_store(directory: str | os.PathLike[str], cache_dir: str | os.PathLike[s
     The copy is made, and its hashes compared, by the first process that asks for it. Raises InputError naming what is
     missing, cut short or another format, and where a store that isn't on a local disk has no `cache_dir`.
     """
-    root = epath.Path(directory)
+    root = as_epath(directory)
     path = root / MANIFEST
     try:
         content = path.read_bytes()
@@ -149,7 +150,7 @@ def _is_remote(path: epath.Path) -> bool:
 def _cache_of(root: epath.Path, cache_dir: str | os.PathLike[str] | None) -> Path:
     if cache_dir is None:
         raise InputError(f"{root}: is not on a local disk; set data.cache_dir to a directory that can hold a copy")
-    return Path(cache_dir).expanduser()
+    return at_home(Path(cache_dir))
 
 
 def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_dir: Path) -> Path:
@@ -198,7 +199,7 @@ def prepare(
     the manifest last), so that an interrupted call leaves none. Raises InputError at bad input, and where the store
     cannot be written.
     """
-    root = epath.Path(directory)
+    root = as_epath(directory)
     given = tokenizer_path or config.data.tokenizer
     tokenizer = Tokenizer.load(given) if given else None
     fields = _fields(config, tokenizer)
@@ -216,7 +217,7 @@ def prepare(
             for path in sorted(place.iterdir(), key=lambda path: path.name == MANIFEST):
                 epath.Path(path).copy(root / path.name, overwrite=True)
     else:
-        _build_aside(config, corpora, Path(os.path.abspath(root)), tokenizer, fields)
+        _build_aside(config, corpora, Path(os.path.realpath(root)), tokenizer, fields)
     return open_store(directory, config.data.cache_dir)
 
 
@@ -224,14 +225,17 @@ def _build_aside(
     config: Config, corpora: list[Corpus], directory: Path, tokenizer: Tokenizer | None, fields: dict[str, Any]
 ) -> None:
     """Builds the store beside `directory`, and renames it when it is whole."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    with written(directory):
+        in_the_way = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if in_the_way:
         raise InputError(f"{directory}: is in the way, and is no token store; name another data.store, or remove it")
+    if directory.is_mount():  # nothing can be renamed to it
+        raise InputError(f"{directory}: is a whole disk of its own; name a directory on it with data.store")
     partial = directory.with_name(directory.name + ".partial")
     with written(partial), locked(partial):
-        for path in partial.iterdir():  # left by a call that was killed
-            path.unlink()
         build_store(config, corpora, partial, tokenizer, fields)
         os.replace(partial, directory)
+        (directory / MARKER).unlink()
 
 
 def _fields(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:

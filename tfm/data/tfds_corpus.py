@@ -61,7 +61,7 @@ class TfdsCorpus(Corpus):
                 f"data.corpus={self.spec.text!r}: TFDS has no set {name!r}, and {self._data_dir} holds none; correct "
                 "the name, or point TFDS_DATA_DIR at the directory that holds it"
             ) from error
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # the latter of a version that the set has not
             configs = _configs(name)
             if not configs or config.partition(":")[0] in configs:
                 raise InputError(f"data.corpus={self.spec.text!r}: {_first_line(error)}") from error
@@ -129,6 +129,7 @@ class TfdsCorpus(Corpus):
                 f"data.corpus={self.spec.text!r} has no split {split!r}; it has "
                 f"{', '.join(self.builder.info.splits)}: set data.train_split or data.validation_split to one of them"
             )
+        self._check_slice(split)
         try:
             records = self.builder.as_data_source(split=split)
             yield from read_records(records, self.source_language, self.target_language)
@@ -137,6 +138,15 @@ class TfdsCorpus(Corpus):
                 f"{self.where(split)}: cannot be read ({type(error).__name__}: {_first_line(error)}): a file of it is "
                 f"damaged or missing; delete {self.builder.data_dir} and prepare it anew: {self._command()}"
             ) from error
+
+    def _check_slice(self, split: str) -> None:
+        """Raises InputError where there is no such part of a split, or nothing in it: `train[:90`, `train[200%:]`."""
+        try:
+            count = self.builder.info.splits[split].num_examples
+        except (ValueError, AssertionError, KeyError) as error:
+            raise InputError(f"{self.where(split)}: is no part of that split: {_first_line(error)}") from error
+        if not count:
+            raise InputError(f"{self.where(split)}: holds no pair")
 
     def paths(self, split: str) -> list[epath.Path]:
         return [epath.Path(path) for path in self.builder.info.splits[_base(split)].filepaths]

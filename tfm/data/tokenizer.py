@@ -143,8 +143,8 @@ class Tokenizer:
         token = self._processor.piece_to_id(tag)
         if token <= UNK:
             raise InputError(
-                f"tag {tag!r} is not in the tokenizer of {self.vocab_size} pieces: leave data.tokenizer out so that "
-                "one is trained with it, or take the tag out of data.corpus"
+                f"tag {tag!r} is not in the tokenizer of {self.vocab_size} pieces: leave data.tokenizer (or "
+                "training.initialize_from) out so that one is trained with it, or take the tag out of data.corpus"
             )
         return token
 

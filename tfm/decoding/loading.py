@@ -87,6 +87,13 @@ def _tokenizer(run: RunDirectory) -> Tokenizer:
 
 
 def _member(text: str) -> tuple[str, str | None]:
-    """The run directory and the checkpoint of WORKDIR or WORKDIR@CHECKPOINT; a directory above may have an @, too."""
+    """The run directory and the checkpoint of WORKDIR or WORKDIR@CHECKPOINT; the directory's path may have an @, too.
+
+    Raises InputError where both readings are of a run.
+    """
     folder, at, checkpoint = text.rpartition("@")
+    if at and RunDirectory(text).config_path.exists():
+        if RunDirectory(folder).config_path.exists():
+            raise InputError(f"--ensemble={text}: is a run, and so is {folder}: rename one of them")
+        return text, None
     return (folder, checkpoint) if at and "/" not in checkpoint else (text, None)

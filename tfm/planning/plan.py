@@ -284,7 +284,7 @@ def _remedy(trainer: Trainer) -> str:
     fsdp = math.gcd(trainer.mesh.shape["data"] // config.mesh.slices, 8)  # of the chips of one slice
     if config.mesh.fsdp == 1 and fsdp > 1:
         ways.append(f"mesh.fsdp={fsdp} with mesh.data=-1")
-    return "try " + " or ".join([*ways, "fewer training.target_tokens_per_batch"])
+    return "try " + " or ".join([*ways, "fewer training.target_tokens_per_batch (or --rows_per_chip)"])
 
 
 def refuse_what_does_not_fit(plans: Sequence[Figures]) -> None:
@@ -298,7 +298,7 @@ def refuse_what_does_not_fit(plans: Sequence[Figures]) -> None:
 
     plan = min(plans, key=lacking_bytes)
     lacking, memory = lacking_bytes(plan), plan["memory_per_chip"]
-    remedy = plan.get("remedy", "lower training.target_tokens_per_batch, or set training.remat=full")
+    remedy = plan.get("remedy", "fewer training.target_tokens_per_batch (or --rows_per_chip), or training.remat=full")
     raise InputError(
         f"{place(plan)}: does not fit: a chip with {memory['available_bytes'] / 2**30:.2f} GiB lacks "
         f"{lacking / 2**30:.2f} GiB; {remedy}"

@@ -284,7 +284,11 @@ def _prepared(config: Config, run: RunDirectory) -> TokenStore:
     directory = store_directory(config, run.path)
 
     def prepared() -> TokenStore:
-        store = prepare(config, directory, run.brought_tokenizer(config), run.has_begun())
+        has_begun = run.has_begun()
+        store = prepare(config, directory, run.brought_tokenizer(config), has_begun)
+        if not has_begun:
+            for line in str(store.report).split("\n"):
+                _log.info("%s", line)
         run.install_tokenizer(store.tokenizer_path)
         return store
 
