@@ -1,4 +1,4 @@
-"""Multi30k, English to German: 29,000 captions of pictures, two hours on two CPU cores.
+"""Multi30k, English to German: 29,000 captions of pictures, 75 minutes on two CPU cores.
 
     python train.py --config=multi30k --workdir=runs/multi30k --data.corpus='text:DIR/{split}.{lang}'
 
