@@ -297,7 +297,7 @@ def test_what_the_first_host_fails_at_ends_all(config_path, place, tmp_path):
         (["--hosts.coordinator=localhost:PORT", "--hosts.count=2", "--hosts.index=2"], "expected 0 to 1"),
         (["--hosts.coordinator=localhost:PORT", "--hosts.count=2", "--hosts.index=1"], "no answer within"),
         (["--hosts.coordinator=localhost:TAKEN", "--hosts.count=2", "--hosts.index=0"], "cannot be listened on"),
-        (["--hosts.coordinator=localhost:PORT", "--hosts.count=2", "--hosts.index=0"], "not all of them came within"),
+        (["--hosts.coordinator=localhost:PORT", "--hosts.count=2", "--hosts.index=0"], "not all hosts came within"),
         (["--hosts.coordinator=a..b:PORT", "--hosts.count=2", "--hosts.index=1"], "no host can have that name"),
     ],
 )

@@ -19,8 +19,8 @@ def keep_freed_memory() -> None:
     with zeros page by page, and unmapped again: a fifth to a quarter of all time, measured on small models.
 
     One arena, since those of threads are mapped and unmapped whatever the other options say. A thread that has an arena
-    keeps it, and some of the threads after it are given the same, so this has to come before any thread: of Python's
-    one is enough to make XLA's a third slower, in most processes and not in others.
+    keeps it, and some of the threads after it are given the same, so this has to come before any thread: one of
+    Python's is enough to make XLA's a third slower, in most processes and not in others.
     """
     if _has_accelerator() and os.environ.get("JAX_PLATFORMS") != "cpu":
         return

@@ -86,7 +86,6 @@ def check_together(config: Config) -> None:
     """Raises ConfigError at values that contradict each other, naming the fields."""
     _check_model(config.model)
     _check_data(config.data)
-    _check_tokenizer(config.data, config.training)
     _check_optimizer(config.optimizer, config.training)
     _check_training(config.training, config.data)
     _check_decoding(config.decoding)
@@ -116,6 +115,13 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"data.train_split and data.validation_split are both {data.train_split!r}: validation must be unseen"
         )
+    if data.tokenizer is not None:
+        for name in ("tokenizer_model", "tokenizer_sample"):
+            if _changed(data, name):
+                raise ConfigError(
+                    f"data.{name}={getattr(data, name)} has no effect with data.tokenizer={data.tokenizer}, which is "
+                    "not trained: leave one of them out"
+                )
     if data.segmentations == 1 and _changed(data, "segmentation_alpha"):
         raise ConfigError(
             f"data.segmentation_alpha={data.segmentation_alpha} has no effect with data.segmentations=1: raise that"
@@ -124,17 +130,6 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"data.segmentation_alpha={data.segmentation_alpha}: with data.tokenizer_model=bpe it is a share, at most 1"
         )
-
-
-def _check_tokenizer(data: DataConfig, training: TrainingConfig) -> None:
-    given = {"data.tokenizer": data.tokenizer, "training.initialize_from": training.initialize_from}
-    for source, value in given.items():
-        for name in ("tokenizer_model", "tokenizer_sample"):
-            if value is not None and _changed(data, name):
-                raise ConfigError(
-                    f"data.{name}={getattr(data, name)} has no effect with {source}={value}, whose tokenizer is not "
-                    "trained: leave one of them out"
-                )
 
 
 def _check_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> None:

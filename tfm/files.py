@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     AnyPath = Path | epath.Path
 
+GZIP = b"\x1f\x8b\x08"  # how a gzip file begins
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the operating system says of a disk without room
 
 

@@ -146,7 +146,7 @@ def _start(hosts: HostsConfig) -> bool:
     # JAX would take SIGTERM for a request, which nothing but training ever looks for: see `heed_sigterm`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        with _at_most(hosts.start_timeout, f"hosts.coordinator={address}, hosts.count={size}"):
+        with _at_most(hosts.start_timeout):
             jax.distributed.initialize(
                 coordinator_address=address,
                 num_processes=size,
@@ -180,11 +180,11 @@ def _start(hosts: HostsConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float, where: str) -> Iterator[None]:
+def _at_most(seconds: float) -> Iterator[None]:
     """Ends this process with one line where the others do not come in time; JAX would abort it, with a stack in C++."""
 
     def give_up() -> None:
-        message = f"{where}: not all of them came within hosts.start_timeout={seconds} seconds: are all running?"
+        message = f"not all hosts came within hosts.start_timeout={seconds} seconds: are hosts.count of them running?"
         print(f"tfm: error: {message}", file=sys.stderr, flush=True)
         os._exit(2)
 

@@ -270,6 +270,7 @@ def test_prepare_takes_the_tokenizer_of_the_run_that_training_starts_from(traine
         (["translate", "--decoding.ensemble_mean=probs"], "ensemble_mean=probs: has no effect without --ensemble"),
         (["translate", "--mesh.tensor=-1"], "--mesh.tensor=-1: expected the number of devices"),
         (["translate", "--decoding.max_extra_tokens=2147483648"], "max_extra_tokens=2147483648: must be below"),
+        (["train", "--training.initialize_from=a", "--data.tokenizer_model=bpe"], "bpe: has no effect with --training"),
         (["evaluate", "--source=a", "--reference=b", "--data.corpus=demo"], "--data.corpus=demo: has no effect with"),
         (["evaluate", "--source=a", "--reference=b", "--json=./b"], "--json=b: would overwrite --reference"),
     ],

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from tfm.config import InputError
+from tfm.files import GZIP
 from tfm.training.metrics import finite
 
 STANDARD_OUTPUT = Path("-")
 """How standard output, or input, is named where a file is expected."""
 
-_PACKED = b"\x1f\x8b\x08"  # how a gzip file begins
 _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
 
 
@@ -37,7 +37,7 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
         file = stack.enter_context(path.open("rb", buffering=0))
         if not file.seekable():
             return file
-        is_packed = file.read(len(_PACKED)) == _PACKED
+        is_packed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         return stack.enter_context(gzip.GzipFile(str(path), "rb", fileobj=file)) if is_packed else file
     except OSError as error:
@@ -77,7 +77,7 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
             if block is None:  # nothing yet, in a pipe whose other end was made not to wait
                 select.select([file], [], [], _SECONDS_OF_SILENCE)
                 continue
-            if is_first and block.startswith(_PACKED):  # nobody looked before: what a pipe has given cannot be put back
+            if is_first and block.startswith(GZIP):  # nobody looked before: what a pipe has given cannot be put back
                 raise InputError(f"{name}: begins as a gzip file does: unpack it first, with zcat")
             is_first = False
             yield block

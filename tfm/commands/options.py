@@ -281,7 +281,13 @@ _OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
 _OF_LINES = ("translate", "score", "explain")
 # By command: an option, another one that overrides it, and why.
 _SAMPLED = ("decoding.beam_size", "decoding.sampling", "which draws translations and has no beam")
+_TAKEN_OVER = tuple(
+    (f"data.{name}", "training.initialize_from", "whose tokenizer is taken")
+    for name in ("tokenizer_model", "tokenizer_sample")
+)
 _OVERRIDDEN = {
+    "train": _TAKEN_OVER,
+    "prepare": _TAKEN_OVER,
     "translate": (_SAMPLED,),
     "evaluate": (_SAMPLED,),
     "plan": (

@@ -21,10 +21,9 @@ from typing import Any
 from etils import epath
 
 from tfm.config import DataConfig, InputError
-from tfm.files import as_epath
+from tfm.files import GZIP, as_epath
 
 BOM = b"\xef\xbb\xbf"
-_GZIP_MAGIC = b"\x1f\x8b"
 _TAG = re.compile(r"<[^\s<>]+>")
 _RESERVED_TAG = re.compile(r"<(pad|s|/s|unk|0x[0-9A-Fa-f]{2})>")
 _FORMS = "text:PATTERN with {split} and {lang}, tfds:NAME/CONFIG or demo, each with ;weight=W and ;tag=<TAG> if wanted"
@@ -167,9 +166,9 @@ def read_lines(path: epath.Path) -> Iterator[bytes]:
     """Streams a file's lines, plain or gzip by its first bytes; a line ends at b"\\n" alone, the last maybe without."""
     try:
         with path.open("rb") as file:
-            start: bytes = file.read(len(_GZIP_MAGIC))
+            start: bytes = file.read(len(GZIP))
             file.seek(0)
-            lines = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20) if start == _GZIP_MAGIC else file
+            lines = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20) if start == GZIP else file
             for number, line in enumerate(lines):
                 if number == 0:
                     line = line.removeprefix(BOM)

@@ -73,6 +73,9 @@ def _sums(
     dtype, precision = x_BTD.dtype, matmul_precision(x_BTD.dtype)
     is_real_V = jnp.arange(table_VD.shape[0]) < vocab_size
     is_real_11V = is_real_V[None, None]
+    # Devices add up what each has found of the table's gradient once, after all pieces. Of one piece, it is left to the
+    # compiler: it adds the embeddings' share first, and with fsdp leaves each device its own part.
+    shards = 1 if chunks == 1 else shards
     table_VD = constrain(table_VD, "vocab", None)  # as the embeddings have it: with fsdp, it is gathered once for all
     # What pads the table repeats its first row: the largest logit is then a real one, with no pass to mask the others.
     table = jnp.where(is_real_V[:, None], table_VD, table_VD[:1]).astype(dtype)
@@ -108,9 +111,6 @@ def _sums(
             table_gradient_NDV = constrain(table_gradient_NDV, "activation_batch", None, "activation_vocab")
         return table_gradient_NDV, (*found, jnp.einsum("BCV,VD->BCD", gradient_BCV, table, precision=precision))
 
-    # Devices add up what each has found once, after all pieces. Of one piece, it is left to the compiler: it adds the
-    # embeddings' share first, and leaves each device with the part that is to be its own.
-    shards = 1 if chunks == 1 else shards
     table_gradient_NDV = jnp.zeros((shards, *table.shape[::-1]), jnp.float32) if with_gradient else None
     weights_BT = weights_BT.astype(jnp.float32)
     pieces = jax.tree.map(lambda a: _cut(a, chunks), (x_BTD, targets_BT, weights_BT))
