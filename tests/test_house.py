@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import weakref
@@ -173,9 +174,15 @@ def test_every_module_has_its_tests(module):
     assert mirrored.is_file(), f"tfm/{module} has no {mirrored.relative_to(ROOT)}"
 
 
-@pytest.mark.parametrize("dropped_by", ["garbage collector", "weak reference", "library"])
-def test_ctrl_c_is_not_lost_where_what_is_raised_is_dropped(dropped_by, monkeypatch, capsys):
-    """JAX has a callback of the garbage collector, and Python drops what a callback raises."""
+WAIT = 20  # seconds
+
+
+@pytest.mark.parametrize("dropped_by", ["garbage collector", "weak reference", "library", "nobody"])
+def test_ctrl_c_is_not_lost_where_it_is_dropped_or_unseen(dropped_by, monkeypatch, capsys):
+    """JAX has a callback of the garbage collector, and Python drops what a callback raises.
+
+    And a signal that another thread gets, or that comes a moment before a wait, does not end the wait.
+    """
 
     def press(*_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -195,20 +202,48 @@ def test_ctrl_c_is_not_lost_where_what_is_raised_is_dropped(dropped_by, monkeypa
             reference = weakref.ref(thing, press)
             del thing
             assert reference() is None
-        else:
+        elif dropped_by == "library":
             with contextlib.suppress(BaseException):
                 press()
-        time.sleep(10)
+        else:
+            other = threading.Thread(target=time.sleep, args=[1])
+            other.start()
+            threading.Timer(0.1, signal.pthread_kill, [other.ident, signal.SIGINT]).start()
+        time.sleep(WAIT)
         pytest.fail("it was lost")
 
     monkeypatch.setattr("tfm.__main__._dispatch", command)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = time.monotonic()
     try:
         assert main(["translate"]) == 130
+        assert time.monotonic() - begun < WAIT, "it was not seen before the wait was over"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "tfm: interrupted\n"
+
+
+def test_a_run_that_takes_ctrl_c_for_a_request_is_asked_once(monkeypatch):
+    asked = []
+
+    def command(arguments):
+        before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        time.sleep(0.5)
+        return 0
+
+    monkeypatch.setattr("tfm.__main__._dispatch", command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["train"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == [signal.SIGINT]
 
 
 def test_the_readme_maps_every_file():

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tfm import __version__
@@ -65,41 +64,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ctrl_c_is_never_lost() -> Iterator[None]:
-    """While it lasts, Ctrl-C is raised again and again until it is on its way out of the main thread.
+    """While it lasts, Ctrl-C is sent again and again to the main thread until it is on its way out of there.
 
-    Python drops what is raised in a callback of the garbage collector (JAX has one) or of a weak reference, and
-    libraries drop what is raised while they look for an attribute.
+    It goes unseen when it comes just before the main thread begins to wait, or to another thread than that, and Python
+    drops what is raised in a callback of the garbage collector (JAX has one) or of a weak reference, and libraries drop
+    what is raised while they look for an attribute. A run that takes Ctrl-C for a request has a handler of its own,
+    and is not pressed.
     """
     main, unraisable, ended = threading.main_thread(), sys.unraisablehook, threading.Event()
     if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    asked = threading.Event()
+    # Python writes a signal's number there as it comes, whatever the main thread is at.
+    told, telling = os.pipe()
+    os.set_blocking(telling, False)
 
     def insist() -> None:
-        asked.wait()
-        while not ended.wait(_INSISTENCE):
-            handled: Any = sys._current_exceptions().get(main.ident)
-            if not isinstance(handled[1] if isinstance(handled, tuple) else handled, KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.default_int_handler(number, frame)
+        with open(told, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                while number[0] == signal.SIGINT and not ended.wait(_INSISTENCE):
+                    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+                        break
+                    handled: Any = sys._current_exceptions().get(main.ident)
+                    if not isinstance(handled[1] if isinstance(handled, tuple) else handled, KeyboardInterrupt):
+                        signal.pthread_kill(main.ident, signal.SIGINT)
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             unraisable(dropped)
 
     threading.Thread(target=insist, daemon=True, name="ctrl-c").start()
-    signal.signal(signal.SIGINT, interrupt)
+    before = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
     sys.unraisablehook = hook
     try:
         yield
     finally:
         ended.set()
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(before)
+        os.close(telling)
         sys.unraisablehook = unraisable
 
 
