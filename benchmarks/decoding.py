@@ -39,7 +39,7 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
     import jax
 
     from tfm import backend, sharding
-    from tfm.commands.options import load_config
+    from tfm.commands.config_files import load_config
     from tfm.config import DecodingConfig
     from tfm.decoding.decoder import Decoder
     from tfm.model.transformer import Transformer, compute_dtype, init_parameters
@@ -77,7 +77,7 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Nam
     import ctranslate2
     from ctranslate2.specs import transformer_spec
 
-    from tfm.commands.options import load_config
+    from tfm.commands.config_files import load_config
 
     shape = load_config(arguments.config).model
     generator = np.random.default_rng(0)
@@ -149,7 +149,7 @@ def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespac
     import torch
     from transformers import MarianConfig, MarianMTModel
 
-    from tfm.commands.options import load_config
+    from tfm.commands.config_files import load_config
 
     shape = load_config(arguments.config).model
     torch.set_num_threads(arguments.threads)

@@ -64,7 +64,7 @@ _LONGEST = (
     "benchmarking/test_sweep.py",
     "training/test_loop.py",
     "benchmarking/test_train.py",
-    "commands/test_run_commands.py",
+    "commands/test_translate.py",
     "test_end_to_end.py",
     "decoding/test_translator.py",
 )
@@ -137,6 +137,16 @@ def config_file(
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_config: Callable[..., tfm_config.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny run of 4 steps, to be read alone."""
+    from tfm.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert train(tiny_config({"training.steps": 4}), workdir) == 0
+    return workdir
 
 
 def changed(config: tfm_config.Config, changes: dict[str, object]) -> tfm_config.Config:

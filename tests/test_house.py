@@ -1,23 +1,17 @@
-"""What holds for the whole house: imports run one way, help answers at once, configs are sound, files have tests."""
+"""What holds for the whole house: imports run one way, help is quick, configs are sound, files have tests."""
 
-import contextlib
-import gc
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 import tomllib
-import weakref
 from pathlib import Path
 
 import pytest
 
-from tfm.__main__ import COMMANDS, main
-from tfm.commands.options import load_config, shipped_configs
-from tfm.config import Config, InputError, from_dict, from_json
+from tfm.__main__ import COMMANDS
+from tfm.commands.config_files import load_config, shipped_configs
+from tfm.config import Config, from_dict, from_json
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.relative_to(ROOT / "tfm") for path in (ROOT / "tfm").rglob("*.py") if path.name != "__init__.py")
@@ -55,57 +49,6 @@ def test_help_of_a_command_imports_nothing_heavy(command):
     packages = imported(command, "--help")
     assert "tyro" in packages
     assert not packages & HEAVY
-
-
-def test_help_lists_every_command_with_its_summary(capsys):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for command in COMMANDS:
-        assert re.search(rf"^  {command} +\S.{{10,}}$", text, re.MULTILINE), command
-
-
-def test_an_unknown_command_is_answered_by_one_line(capsys):
-    assert main(["trian"]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", "tfm: error: trian: no such command; did you mean train?\n")
-    assert main([]) == 2
-    assert "expected one of train" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", [["train.py"], ["-m", "tfm", "train"]])
-def test_a_misspelt_option_ends_with_status_2_and_one_line(script):
-    done = run(*script, "--config=base", "--model.d_modl=3")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "tfm train: error: --model.d_modl: unknown option; did you mean --model.d_model?\n"
-
-
-def test_a_reader_that_leaves_ends_the_command_quietly():
-    shell = f"{sys.executable} -m tfm translate --help | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.stderr == ""
-    assert done.stdout in ("0\n", "1\n")  # 0 where help was written before the reader had gone
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        (InputError("a.txt:3: not\nUTF-8"), 2, "tfm train: error: a.txt:3: not UTF-8\n"),
-        (KeyboardInterrupt(), 130, "tfm: interrupted\n"),
-    ],
-)
-def test_an_error_becomes_a_status_and_one_line(error, status, line, monkeypatch, capsys):
-    def fail(arguments: list[str]) -> int:
-        raise error
-
-    monkeypatch.setattr("tfm.__main__._dispatch", fail)
-    assert main(["train"]) == status
-    assert capsys.readouterr().err == line
-
-
-def test_version_is_the_package_s(capsys):
-    assert main(["--version"]) == 0
-    assert re.fullmatch(r"tfm \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -160,90 +103,15 @@ def test_every_package_is_shipped():
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_every_module_has_its_tests(module):
     tests = {
-        "__main__.py": "test_house.py",
+        "__main__.py": "test_main.py",
         "config_checks.py": "test_config.py",
         "data/demo_lexicon.py": "data/test_demo_grammar.py",
         "data/demo_builder.py": "data/test_demo_corpus.py",
         "commands/train.py": "test_end_to_end.py",
-        **dict.fromkeys(
-            (f"commands/{name}.py" for name in ("prepare", "translate", "translating", "score", "evaluate", "explain")),
-            "commands/test_run_commands.py",
-        ),
+        "commands/translating.py": "commands/test_translate.py",
     }
     mirrored = ROOT / "tests" / tests.get(module.as_posix(), module.with_name(f"test_{module.name}"))
     assert mirrored.is_file(), f"tfm/{module} has no {mirrored.relative_to(ROOT)}"
-
-
-WAIT = 20  # seconds
-
-
-@pytest.mark.parametrize("dropped_by", ["garbage collector", "weak reference", "library", "nobody"])
-def test_ctrl_c_is_not_lost_where_it_is_dropped_or_unseen(dropped_by, monkeypatch, capsys):
-    """JAX has a callback of the garbage collector, and Python drops what a callback raises.
-
-    And a signal that another thread gets, or that comes a moment before a wait, does not end the wait.
-    """
-
-    def press(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-
-    def in_garbage_collector(phase, info):
-        if phase == "stop":
-            gc.callbacks.remove(in_garbage_collector)
-            press()
-
-    def command(arguments):
-        if dropped_by == "garbage collector":
-            gc.callbacks.append(in_garbage_collector)
-            gc.collect()
-        elif dropped_by == "weak reference":
-            thing = type("Thing", (), {})()
-            reference = weakref.ref(thing, press)
-            del thing
-            assert reference() is None
-        elif dropped_by == "library":
-            with contextlib.suppress(BaseException):
-                press()
-        else:
-            other = threading.Thread(target=time.sleep, args=[1])
-            other.start()
-            threading.Timer(0.1, signal.pthread_kill, [other.ident, signal.SIGINT]).start()
-        time.sleep(WAIT)
-        pytest.fail("it was lost")
-
-    monkeypatch.setattr("tfm.__main__._dispatch", command)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    begun = time.monotonic()
-    try:
-        assert main(["translate"]) == 130
-        assert time.monotonic() - begun < WAIT, "it was not seen before the wait was over"
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "tfm: interrupted\n"
-
-
-def test_a_run_that_takes_ctrl_c_for_a_request_is_asked_once(monkeypatch):
-    asked = []
-
-    def command(arguments):
-        before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        finally:
-            signal.signal(signal.SIGINT, before)
-        time.sleep(0.5)
-        return 0
-
-    monkeypatch.setattr("tfm.__main__._dispatch", command)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert main(["train"]) == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert asked == [signal.SIGINT]
 
 
 def test_the_readme_maps_every_file():

@@ -9,15 +9,6 @@ import sys
 
 import pytest
 
-from tfm.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_config):
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert train(tiny_config({"training.steps": 4}), workdir) == 0
-    return workdir
-
 
 def start(workdir, *argv: str) -> subprocess.Popen:
     return subprocess.Popen(

@@ -19,7 +19,7 @@ from tfm import sharding
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.benchmarking.train import TrainTiming, time_training
 from tfm.checkpoint import CheckpointReader, RunDirectory
-from tfm.commands.options import load_config
+from tfm.commands.config_files import load_config
 from tfm.data.tokenizer import Tokenizer
 from tfm.model.transformer import Transformer
 from tfm.training.step import Trainer

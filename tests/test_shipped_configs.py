@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tfm import sharding
-from tfm.commands.options import load_config, shipped_configs
+from tfm.commands.config_files import load_config, shipped_configs
 from tfm.config import Config, MeshConfig
 from tfm.data.batches import Batch
 from tfm.decoding.decoder import Decoder, Sentences

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tfm.commands.options import load_config, parse, shipped_configs
+from tfm.commands.config_files import load_config
+from tfm.commands.options import parse
 from tfm.config import Config, ConfigError, InputError, ModelConfig
 
 
@@ -120,26 +121,6 @@ def test_several_corpora_may_be_given_one_by_one():
     assert train(*together)[1].data.corpus == train(*one_by_one)[1].data.corpus == corpora
 
 
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ("training=TrainingConfig(steps='100')", "training.steps='100': expected one whole number"),
-        ("training=TrainingConfig(steps=1e5)", "training.steps=100000.0: expected one whole number"),
-        ("training=TrainingConfig(steps=True)", "training.steps=True: expected one whole number"),
-        ("data=DataConfig(corpus='demo')", "data.corpus='demo': expected one or more values"),
-        ("model=ModelConfig(dropout_rate='0.1')", "model.dropout_rate='0.1': expected one number"),
-        ("model=ModelConfig(d_k='8')", "model.d_k='8': expected one whole number or None"),
-        ("mesh=None", "mesh is a NoneType: expected a tfm.config.MeshConfig"),
-    ],
-)
-def test_a_value_of_another_type_in_a_config_file_is_refused(tmp_path, section, said):
-    path = tmp_path / "mine.py"
-    path.write_text(f"from tfm.config import *\ndef get_config():\n    return Config({section})\n")
-    with pytest.raises(InputError) as refused:
-        parse("train", [f"--config={path}"], Train)
-    assert str(refused.value) == f"{path}: {said}"
-
-
 def test_a_list_in_a_config_file_is_what_the_run_has_when_it_is_read_again(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -213,35 +194,3 @@ def test_help_needs_no_run_directory(capsys):
         parse("translate", ["-h"], Translate)
     assert stop.value.code == 0
     assert "File of results; - is stdout." in capsys.readouterr().out
-
-
-def test_a_config_is_found_by_name_and_by_path():
-    shipped = shipped_configs()
-    assert {"demo", "multi30k", "base", "big", "wmt14_en_de"} <= set(shipped)
-    assert load_config(str(shipped["big"])) == load_config("big")
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "reason"),
-    [
-        ("x = 1\ndef get_config(:\n", 2, "invalid syntax"),
-        ("import no_such_module\n", 1, "no_such_module"),
-        ("from tfm.config import *\n\ndef get_config():\n    return Config(modle=1)\n", 4, "modle"),
-        ("from tfm.config import *\ndef get_config():\n    raise ConfigError('two fields')\n", 3, "two fields"),
-        ("x = 1\n", None, "get_config"),
-        ("def get_config():\n    return 3\n", None, "int"),
-    ],
-)
-def test_a_broken_config_file_is_named_with_its_line(tmp_path, text, line, reason):
-    path = tmp_path / "mine.py"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
-        load_config(str(path))
-    place = str(path) if line is None else f"{path}:{line}"
-    assert str(caught.value).startswith(f"{place}: ")
-    assert reason in str(caught.value)
-
-
-def test_a_config_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        load_config(f"{tmp_path}/missing.py")

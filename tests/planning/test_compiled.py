@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tfm import sharding
-from tfm.commands.options import load_config
+from tfm.commands.config_files import load_config
 from tfm.config import MeshConfig
 from tfm.hlo.collectives import traffic
 from tfm.hlo.program import Program

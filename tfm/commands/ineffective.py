@@ -1,0 +1,95 @@
+"""Options that a command would ignore, or that another one overrides: refused, so that none is believed to work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tfm.commands.typed import Given
+from tfm.config import InputError
+
+_OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+# Commands, the beginnings of the options that they have no use for, and why.
+_WITHOUT_USE = (
+    (("demo", "explain", "plan", "prepare"), ("hosts.",), "which runs on one host"),
+    (_OF_A_TRAINED_MODEL, ("training.", "optimizer."), "which trains nothing"),
+    (("translate", "score", "explain"), ("data.",), "which reads no corpus"),
+    (
+        ("score",),
+        ("decoding.beam_size", "decoding.n_best", "decoding.min_length", "decoding.sampling"),
+        "which searches for nothing",
+    ),
+    (("explain",), ("decoding.n_best",), "which shows one translation"),
+    (("explain",), ("mesh.",), "which uses one device"),
+    (
+        ("benchmark decode",),
+        tuple(
+            f"decoding.{name}"
+            for name in (
+                "min_length",
+                "max_extra_tokens",
+                "max_source_length",
+                "sampling",
+                "n_best",
+                "sentences_per_batch",
+            )
+        ),
+        "whose searches end where --length says",
+    ),
+)
+# By command: an option, another one that overrides it, and why.
+_SAMPLED = ("decoding.beam_size", "decoding.sampling", "which draws translations and has no beam")
+_TAKEN_OVER = tuple(
+    (f"data.{name}", "training.initialize_from", "whose tokenizer is taken")
+    for name in ("tokenizer_model", "tokenizer_sample")
+)
+_OVERRIDDEN = {
+    "train": _TAKEN_OVER,
+    "prepare": _TAKEN_OVER,
+    "translate": (_SAMPLED,),
+    "evaluate": (_SAMPLED,),
+    "plan": (
+        ("training.target_tokens_per_batch", "rows_per_chip", "which says how large a batch is"),
+        ("workdir", "config", "which says what is planned"),
+    ),
+}
+# Of which a device has nothing but rows, or a part of the heads.
+_OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
+
+
+def refuse_without_effect(command: str, given: Sequence[Given]) -> None:
+    """Raises InputError at an option that the command would ignore, or that another one of those given overrides."""
+    names = {option.name for option in given if option.values[-1] != "False"}
+    for option in given:
+        _refuse_without_use(command, option)
+        _refuse_overridden(command, option, names)
+        if command in _OVER_ALL_DEVICES:
+            _refuse_of_a_mesh(command, option)
+
+
+def _refuse_without_use(command: str, option: Given) -> None:
+    for commands, beginnings, why in _WITHOUT_USE:
+        if command in commands and option.name.startswith(beginnings):
+            raise InputError(f"{option}: has no effect on tfm {command}, {why}: leave it out")
+
+
+def _refuse_overridden(command: str, option: Given, names: set[str]) -> None:
+    for name, other, why in _OVERRIDDEN.get(command.split()[0], ()):
+        if option.name == name and other in names:
+            raise InputError(f"{option}: has no effect with --{other}, {why}: leave one of them out")
+    if option.name == "decoding.ensemble_mean" and command in _OF_A_TRAINED_MODEL and "ensemble" not in names:
+        raise InputError(f"{option}: has no effect without --ensemble: leave it out")
+    is_of_a_corpus = option.name.startswith("data.") and option.name != "data.target_language"
+    if command == "evaluate" and is_of_a_corpus and "source" in names:
+        raise InputError(f"{option}: has no effect with --source, which is read in place of a corpus: leave it out")
+    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and "meshes" in names:
+        raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
+
+
+def _refuse_of_a_mesh(command: str, option: Given) -> None:
+    if option.name == "mesh.tensor" and option.values[-1] == "-1":
+        raise InputError(f"{option}: expected the number of devices that share the heads of a layer")
+    if option.name.startswith("mesh.") and option.name != "mesh.tensor":
+        raise InputError(
+            f"{option}: has no effect on tfm {command}, which splits sentences over all devices, and heads by "
+            "mesh.tensor: leave it out"
+        )
