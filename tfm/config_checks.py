@@ -22,6 +22,8 @@ from tfm.config import (
 AVERAGE = re.compile(r"(last|best)(?::([1-9][0-9]*))?")  # of checkpoints: the last N or the best N
 _LARGEST = 3.4e38  # that float32 has, about
 _LEAST_TEMPERATURE = 1e-6  # logits divided by less may no longer be float32 numbers
+_LEAST_TOP_P = 1e-30  # what is less may be nothing in float32
+_MOST_TOKENS = 2**30  # of a translation: a search counts on from its source's in int32
 
 
 def check_types(config: Config) -> None:
@@ -186,7 +188,13 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             f"decoding.tokens_per_batch={decoding.tokens_per_batch} has no room for one sentence of "
             f"decoding.max_source_length={decoding.max_source_length}: raise the first or lower the second"
         )
-    if decoding.min_length > (most := decoding.max_source_length - 1 + decoding.max_extra_tokens):
+    most = decoding.max_source_length - 1 + decoding.max_extra_tokens
+    if most > _MOST_TOKENS:
+        raise ConfigError(
+            f"decoding.max_extra_tokens={decoding.max_extra_tokens}: with decoding.max_source_length="
+            f"{decoding.max_source_length}, translations must have at most {_MOST_TOKENS:,} tokens"
+        )
+    if decoding.min_length > most:
         raise ConfigError(
             f"decoding.min_length={decoding.min_length} is more than any translation may have: {most} by "
             f"decoding.max_source_length={decoding.max_source_length} and decoding.max_extra_tokens="
@@ -197,8 +205,10 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             f"decoding.sampling_temperature={decoding.sampling_temperature}: must be at least {_LEAST_TEMPERATURE}; "
             "greedy search is decoding.beam_size=1"
         )
-    if not 0 < decoding.sampling_top_p <= 1:
-        raise ConfigError(f"decoding.sampling_top_p={decoding.sampling_top_p}: must be above 0, and at most 1")
+    if not _LEAST_TOP_P <= decoding.sampling_top_p <= 1:
+        raise ConfigError(
+            f"decoding.sampling_top_p={decoding.sampling_top_p}: must be at least {_LEAST_TOP_P}, and at most 1"
+        )
     if decoding.sampling:
         return
     if decoding.n_best > decoding.beam_size:

@@ -12,7 +12,9 @@ import jax
 from tfm.config import InputError
 
 TRANSLATING = ("a batch of sentences", "lower decoding.tokens_per_batch (or beam_size, n_best, max_extra_tokens)")
-"""What runs out of memory where sentences are translated or scored, and what helps."""
+"""What runs out of memory where sentences are translated, and what helps."""
+SCORING = ("a batch of sentences", "lower decoding.tokens_per_batch or decoding.max_source_length")
+"""The same where translations are scored."""
 
 _GIB = 2**30
 

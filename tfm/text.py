@@ -1,9 +1,11 @@
-"""What people read: tables, and the name that they may have meant."""
+"""What people and their programs read: tables, the name that may have been meant, numbers as JSON has them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
@@ -23,3 +25,12 @@ def near(name: str, known: Collection[str], prefix: str = "", otherwise: str = "
     """
     alike = [full for full in known if full.rpartition(".")[2] == name] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {prefix}{alike[0]}?" if alike else otherwise
+
+
+def finite(value: Any) -> Any:
+    """A number, or lists and dictionaries of them, with null in the place of NaN and infinity, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(its) for key, its in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(its) for its in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,6 +24,8 @@ def given(*options: str) -> list[Given]:
         ("explain", ["mesh.tensor=2"], "has no effect on tfm explain, which uses one device"),
         ("benchmark decode", ["decoding.min_length=2"], "whose searches end where --length says"),
         ("translate", ["decoding.beam_size=7", "decoding.sampling=True"], "has no effect with --decoding.sampling"),
+        ("explain", ["decoding.beam_size=7", "decoding.sampling=True"], "has no effect with --decoding.sampling"),
+        ("score", ["decoding.average=last:2", "checkpoint=4"], "has no effect with --checkpoint, which says whose"),
         ("train", ["data.tokenizer_model=bpe", "training.initialize_from=a"], "whose tokenizer is taken"),
         ("plan", ["workdir=a", "config=base"], "has no effect with --config, which says what is planned"),
         ("plan", ["mesh.fsdp=2", "meshes=all"], "and --meshes say both which mesh is planned"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tfm.commands.lines import (
-    STANDARD_OUTPUT,
+    STANDARD_STREAM,
     Output,
     check_outputs,
     check_writable,
@@ -221,10 +221,10 @@ def test_what_is_no_file_is_written_to_and_left_where_it_is(tmp_path):
 
 def test_a_dash_is_standard_output(capfdbinary, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_writable(STANDARD_OUTPUT)
-    with Output(STANDARD_OUTPUT) as output:
+    check_writable(STANDARD_STREAM)
+    with Output(STANDARD_STREAM) as output:
         output.write(["ä"])
-    write_text(STANDARD_OUTPUT, "b\n")
+    write_text(STANDARD_STREAM, "b\n")
     sys.stdout.flush()
     assert capfdbinary.readouterr().out == "ä\nb\n".encode()
     assert not list(tmp_path.iterdir())
@@ -252,12 +252,12 @@ def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
 def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path, monkeypatch):
     report, picture = tmp_path / "a.json", tmp_path / "a.png"
     check_outputs(None, None)
-    check_outputs(STANDARD_OUTPUT, picture)
+    check_outputs(STANDARD_STREAM, picture)
     check_outputs(report, None)
     check_outputs(report, picture)
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="--picture=-: a picture is not written to standard output"):
-        check_outputs(report, STANDARD_OUTPUT)
+        check_outputs(report, STANDARD_STREAM)
     with pytest.raises(InputError, match=r"--json=.*a\.png: the map would overwrite it: name another"):
         check_outputs(picture, picture, "the map")
     monkeypatch.chdir(tmp_path)
@@ -265,7 +265,7 @@ def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path, mo
         check_outputs(Path("a.png"), picture, "the map")
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(InputError, match="standard output is closed: name a file to write"):
-        check_outputs(STANDARD_OUTPUT, None)
+        check_outputs(STANDARD_STREAM, None)
     with pytest.raises(InputError, match=r"none/a\.png: cannot be written"):
         check_outputs(report, tmp_path / "none" / "a.png")
 

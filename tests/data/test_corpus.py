@@ -1,14 +1,16 @@
 """Specs, text files as they come, and the checks of what is read."""
 
 import gzip
+import os
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tfm.config import DataConfig, InputError
 from tfm.data import checks
 from tfm.data.checks import SplitReport, TextChecks, check_lengths
-from tfm.data.corpus import Corpus, corpora_with, open_corpora, parse_spec, single_line, to_text
+from tfm.data.corpus import Corpus, corpora_with, open_corpora, parse_spec, read_lines, single_line, to_text
 
 
 def text_corpus(pattern, **fields) -> Corpus:
@@ -108,6 +110,16 @@ def test_missing_file_is_named(tmp_path):
     (tmp_path / "train.en").write_bytes(b"one\n")
     with pytest.raises(InputError, match=r"train\.de: no such file"):
         list(text_corpus(f"{tmp_path}/{{split}}.{{lang}}").pairs("train"))
+
+
+@pytest.mark.parametrize("content", [b"one\ntwo\n", gzip.compress(b"one\ntwo\n"), b""], ids=["plain", "gzip", "empty"])
+def test_a_pipe_is_read_as_a_file_is(content):
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    lines = list(read_lines(epath.Path(f"/dev/fd/{reading}")))
+    os.close(reading)
+    assert lines == ([b"one", b"two"] if content else [])
 
 
 @pytest.mark.parametrize("cut", [15, 25])

@@ -48,6 +48,22 @@ def test_sentences_without_blanks_get_none(tmp_path):
     assert pieces == tokenizer.encode(texts)
 
 
+@pytest.mark.parametrize(
+    ("sentences", "between"),
+    [
+        (['Er sagte: "Das haus ist alt."', "(Der baum ist groß.)", "„Ein weg!“", "»Ein see?«", "Alt."], " "),
+        (["「私は猫を見る。」", "『犬がいる！』」", "（鳥。）", "魚。"], ""),
+    ],
+)
+def test_a_sentence_may_close_a_quotation_or_a_bracket_after_its_end(tmp_path, sentences, between):
+    tokenizer = train_tokenizer(sentences * 20, tmp_path / "tokenizer.model", 300)
+    line = between.join(sentences * 9)
+    pieces = list(cut(line, tokenizer, 40))
+    assert len(pieces) > 3
+    for text in tokenizer.decode(pieces):
+        assert text.endswith(tuple(sentences)) and text.startswith(tuple(sentences))
+
+
 def test_a_tag_stands_before_every_piece(tmp_path):
     tokenizer = train_tokenizer(WORDS * 20, tmp_path / "tokenizer.model", 300, tags=["<2de>"])
     pieces = list(cut(" <2de> " + "haus tür. " * 30, tokenizer, 20))

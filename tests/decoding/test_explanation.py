@@ -78,6 +78,19 @@ def test_what_is_explained_is_what_is_translated_and_scored(loaded, explained):
     assert "".join(given.target_tokens[:-1]).replace("▁", "") == "baum"
 
 
+def test_one_sentence_is_translated_in_no_company(loaded, monkeypatch):
+    """Of rows that only fill a batch, each would cost as much as the sentence."""
+    made = []
+
+    def recorded(*args):
+        made.append(Translator(*args))
+        return made[-1]
+
+    monkeypatch.setattr("tfm.decoding.explanation.Translator", recorded)
+    explain(loaded, SOURCE)
+    assert {key[1].rows for key in made[0].decoder.compile_stages} == {1}
+
+
 def test_what_has_no_attention_to_show_is_named(loaded):
     with pytest.raises(InputError, match="the source is blank"):
         explain(loaded, " ")

@@ -1,6 +1,7 @@
 """What is no list of texts is refused, and by the number of the line; as `Translator` says it, in its own tests."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
@@ -21,6 +22,8 @@ def test_what_is_no_text_is_refused_where_it_stands_and_not_before():
     assert [next(lines), next(lines)] == ["red", ""]
     with pytest.raises(TypeError, match="line 9: expected text, and got NoneType"):
         next(lines)
+    with pytest.raises(TypeError, match="target 1: expected text, and got bytes"):
+        next(checked([b"red"], "target", kinds=str | Sequence))
     assert list(checked(["red", ["r", "ed"]], "target", kinds=str | list)) == ["red", ["r", "ed"]]
 
 

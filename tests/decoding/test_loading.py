@@ -1,6 +1,7 @@
 """Models out of run directories: which checkpoint, on which devices, and what is missing."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -33,6 +34,12 @@ def test_an_ensemble_s_member_may_have_an_at_in_its_name(tmp_path):
     (tmp_path / "run" / "config.json").touch()
     with pytest.raises(InputError, match=r"run@7: is a run, and so is .*run: rename one of them"):
         loading._member(f"{tmp_path}/run@7")
+
+
+def test_an_ensemble_s_member_where_nobody_can_look_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it isn't installed
+    with pytest.raises(InputError, match=r"^gs://bucket/run@last: cannot be reached .*pip install"):
+        loading._member("gs://bucket/run@last")
 
 
 def test_the_translator_of_a_run_directory(run, translated):

@@ -17,8 +17,7 @@ import jax
 from tfm import __version__
 from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config
-from tfm.text import aligned
-from tfm.training.metrics import finite
+from tfm.text import aligned, finite
 
 FORMAT = 1
 """Of reports: another number where names or meanings of figures have changed."""

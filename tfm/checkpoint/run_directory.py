@@ -60,14 +60,18 @@ class RunDirectory:
         run = cls(path)
         for part in (run.config_path, run.tokenizer_path, run.checkpoints_path):
             refuse_link(part)
-        try:
-            if not run.config_path.exists():
-                raise InputError(f"{run.path}: holds no run (no config.json): give the --workdir of a training run")
-        except ImportError as error:
-            raise without_client(run.path, error) from error
-        except OSError as error:
-            raise InputError(f"{run.path}: cannot be read ({error.strerror or error})") from error
+        if not run.exists():
+            raise InputError(f"{run.path}: holds no run (no config.json): give the --workdir of a training run")
         return run
+
+    def exists(self) -> bool:
+        """Whether a run has begun there. Raises InputError where nobody can tell."""
+        try:
+            return self.config_path.exists()
+        except ImportError as error:
+            raise without_client(self.path, error) from error
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from error
 
     @classmethod
     def create(

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, write_text
+from tfm.commands.lines import STANDARD_STREAM, check_outputs, write_text
 from tfm.commands.options import parse
 from tfm.commands.train import deterministic_where_asked
 from tfm.config import Config, InputError
@@ -119,7 +119,7 @@ def _keep(arguments: _Both, report: dict[str, Any]) -> None:
     from tfm import hosts
     from tfm.benchmarking.report import as_json
 
-    if hosts.is_first() and arguments.json not in (None, STANDARD_OUTPUT):
+    if hosts.is_first() and arguments.json not in (None, STANDARD_STREAM):
         write_text(arguments.json, as_json(report))
 
 
@@ -127,8 +127,8 @@ def _show(arguments: _Both, report: dict[str, Any], picture: Path | None) -> Non
     """Tables or JSON on standard output, and the picture that was asked for; the JSON file has been kept."""
     from tfm.benchmarking.report import as_json, profile_table, table
 
-    if arguments.json == STANDARD_OUTPUT:
-        write_text(STANDARD_OUTPUT, as_json(report))
+    if arguments.json == STANDARD_STREAM:
+        write_text(STANDARD_STREAM, as_json(report))
     else:
         print(table(report["points"]))
         for point in report["points"]:
@@ -180,7 +180,7 @@ def _picture(arguments: _Both) -> Path | None:
         if arguments.picture is not None:
             raise InputError("--picture: only a sweep is drawn; add --sweep, such as --sweep=batch=32,64,128")
         return None
-    if arguments.picture is None and arguments.json not in (None, STANDARD_OUTPUT):
+    if arguments.picture is None and arguments.json not in (None, STANDARD_STREAM):
         return arguments.json.parent / f"{arguments.json.stem}.png"
     return arguments.picture
 
@@ -202,7 +202,7 @@ def _compare(argv: list[str]) -> int:
     from tfm.benchmarking.report import as_json
 
     comparison = compare(*(read_report(Path(file)) for file in files))
-    if where != STANDARD_OUTPUT:
+    if where != STANDARD_STREAM:
         print(comparison_table(comparison))
     if where is not None:
         write_text(where, as_json(comparison))

@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, Output, check_writable, is_same_file, write_text
+from tfm.commands.lines import STANDARD_STREAM, Output, check_writable, is_same_file, write_text
 from tfm.commands.options import parse
 from tfm.commands.translating import Models, log_rate, translating
 from tfm.config import Config, InputError
@@ -70,8 +70,8 @@ def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
         },
         indent=2,
     )
-    if arguments.json != STANDARD_OUTPUT:
-        where = sys.stderr if arguments.output == STANDARD_OUTPUT else sys.stdout
+    if arguments.json != STANDARD_STREAM:
+        where = sys.stderr if arguments.output == STANDARD_STREAM else sys.stdout
         for name, score in scores.items():
             print(f"{name:<26} {score.value:6.2f}   {score.signature}", file=where, flush=True)
     # Once the scores are told: a disk may be full.

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, json_line, write_text
+from tfm.commands.lines import STANDARD_STREAM, check_outputs, json_line, write_text
 from tfm.commands.options import parse
 from tfm.config import Config, InputError
 
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> int:
 
     backend.use_compilation_cache()
     one_device = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    loaded = load_models(arguments.workdir, config, arguments.checkpoint, mesh=one_device)
-    with device_memory.explained("a sentence", "explain a shorter one"):
+    with device_memory.explained("a sentence", "explain a shorter one, or lower decoding.beam_size"):
+        loaded = load_models(arguments.workdir, config, arguments.checkpoint, mesh=one_device)
         explanation = explain(loaded, arguments.source, arguments.target)
-    if arguments.json != STANDARD_OUTPUT:
+    if arguments.json != STANDARD_STREAM:
         print(explanation.translation)
         print(table(explanation, arguments.attention, arguments.layer), end="")
     if arguments.json is not None:

@@ -38,6 +38,7 @@ _WITHOUT_USE = (
 )
 # By command: an option, another one that overrides it, and why.
 _SAMPLED = ("decoding.beam_size", "decoding.sampling", "which draws translations and has no beam")
+_CHOSEN = ("decoding.average", "checkpoint", "which says whose parameters are taken")
 _TAKEN_OVER = tuple(
     (f"data.{name}", "training.initialize_from", "whose tokenizer is taken")
     for name in ("tokenizer_model", "tokenizer_sample")
@@ -45,8 +46,10 @@ _TAKEN_OVER = tuple(
 _OVERRIDDEN = {
     "train": _TAKEN_OVER,
     "prepare": _TAKEN_OVER,
-    "translate": (_SAMPLED,),
-    "evaluate": (_SAMPLED,),
+    "translate": (_SAMPLED, _CHOSEN),
+    "score": (_CHOSEN,),
+    "evaluate": (_SAMPLED, _CHOSEN),
+    "explain": (_SAMPLED, _CHOSEN),
     "plan": (
         ("training.target_tokens_per_batch", "rows_per_chip", "which says how large a batch is"),
         ("workdir", "config", "which says what is planned"),

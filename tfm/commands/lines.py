@@ -16,9 +16,9 @@ from typing import IO, Any
 
 from tfm.config import InputError
 from tfm.files import GZIP
-from tfm.training.metrics import finite
+from tfm.text import finite
 
-STANDARD_OUTPUT = Path("-")
+STANDARD_STREAM = Path("-")
 """How standard output, or input, is named where a file is expected."""
 
 _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
@@ -29,7 +29,7 @@ def opened(path: Path | None, stack: ExitStack) -> IO[bytes]:
 
     A thread reads it, which may still wait for more when all else has ended: it must not hold a buffer's lock then.
     """
-    if path is None or path == STANDARD_OUTPUT:
+    if path is None or path == STANDARD_STREAM:
         if sys.stdin is None:
             raise InputError("standard input is closed: name a file to read")
         return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
@@ -52,7 +52,7 @@ def refuse_shared_standard_input(**inputs: Path | None) -> None:
     """
     from tfm import hosts
 
-    names = [f"--{name}=-" for name, path in inputs.items() if path == STANDARD_OUTPUT]
+    names = [f"--{name}=-" for name, path in inputs.items() if path == STANDARD_STREAM]
     if len(names) > 1:
         raise InputError(f"{' and '.join(names)}: only one of them can be standard input: name a file")
     if names and hosts.count() > 1:
@@ -120,7 +120,7 @@ class Output:
         """Lines that the file has."""
         self.begins_with = b""
         """The first bytes of a file that is gone on with."""
-        path = None if path == STANDARD_OUTPUT else path
+        path = None if path == STANDARD_STREAM else path
         self._name = "standard output" if path is None else str(path)
         self._hint = "" if resume is None else ", or go on behind its lines with --resume"
         self._path = path
@@ -230,7 +230,7 @@ def _is_special(path: Path) -> bool:
 
 def check_writable(path: Path) -> None:
     """Raises InputError where a file cannot be written: before minutes of work, rather than after them."""
-    if path == STANDARD_OUTPUT:
+    if path == STANDARD_STREAM:
         if sys.stdout is None:
             raise InputError("standard output is closed: name a file to write")
         return
@@ -248,14 +248,14 @@ def check_writable(path: Path) -> None:
 
 def is_same_file(one: Path | None, other: Path | None) -> bool:
     """Whether two paths name one file, there or not, or both standard output."""
-    if one is None or other is None or STANDARD_OUTPUT in (one, other):
+    if one is None or other is None or STANDARD_STREAM in (one, other):
         return one is not None and one == other
     return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def check_outputs(json_file: Path | None, picture: Path | None, what: str = "the picture") -> None:
     """Raises InputError where --json or --picture cannot be written, or both are one file; `what` is drawn there."""
-    if picture == STANDARD_OUTPUT:
+    if picture == STANDARD_STREAM:
         raise InputError("--picture=-: a picture is not written to standard output: name a .png file")
     if is_same_file(picture, json_file):
         raise InputError(f"--json={json_file}: {what} would overwrite it: name another")
@@ -267,7 +267,7 @@ def check_outputs(json_file: Path | None, picture: Path | None, what: str = "the
 def write_text(path: Path, text: str) -> None:
     """Writes a file, or to standard output for `-`. Raises InputError naming what cannot be written."""
     try:
-        if path == STANDARD_OUTPUT:
+        if path == STANDARD_STREAM:
             sys.stdout.write(text)
         else:
             path.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tfm.commands.lines import STANDARD_OUTPUT, check_outputs, write_text
+from tfm.commands.lines import STANDARD_STREAM, check_outputs, write_text
 from tfm.commands.options import parse
 from tfm.config import InputError
 
@@ -57,13 +57,13 @@ def main(argv: list[str]) -> int:
     try:
         for each in following:
             plans.append(each)
-            if arguments.json != STANDARD_OUTPUT:
+            if arguments.json != STANDARD_STREAM:
                 print(report.table(each), flush=True)
     finally:  # each took minutes: those before one that fails are kept
         if plans and arguments.json is not None:
             alone = len(slices) * len(meshes) <= 1
             write_text(arguments.json, json.dumps(plans[0] if alone else plans, indent=2) + "\n")
-    if arguments.json != STANDARD_OUTPUT and len(plans) > 1:
+    if arguments.json != STANDARD_STREAM and len(plans) > 1:
         print(report.sweep_table(plans))
     plan.refuse_what_does_not_fit(plans)
     if arguments.picture is not None:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     arguments, config = parse("score", argv, Arguments)
     from tfm import hosts
 
-    with translating(config), ExitStack() as stack:
+    with translating(config, scoring=True), ExitStack() as stack:
         refuse_shared_standard_input(source=arguments.source, target=arguments.target)
         files = [opened(path, stack) for path in (arguments.source, arguments.target)]
         if all(file.seekable() for file in files):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tfm.commands.lines import (
-    STANDARD_OUTPUT,
+    STANDARD_STREAM,
     Output,
     json_line,
     opened,
@@ -39,7 +39,8 @@ class Arguments(Models):
     format: Literal["text", "jsonl"] = "text"
     """The best translation of each line, or a JSON object a line with all decoding.n_best, their scores and tokens."""
     prefixes: Path | None = None
-    """File with the text that each translation has to begin with, one a line; an empty line leaves it free."""
+    """File with the text that each translation has to begin with, one a line; an empty line leaves it free. Blanks at
+    its ends count for nothing, so that its last word may be continued."""
 
 
 _JSON_BEGINS = b'{"line": 1, "translations": '
@@ -48,14 +49,14 @@ _JSON_BEGINS = b'{"line": 1, "translations": '
 def main(argv: list[str]) -> int:
     arguments, config = parse("translate", argv, Arguments)
     for name in ("input", "output"):
-        if getattr(arguments, name) == STANDARD_OUTPUT:
+        if getattr(arguments, name) == STANDARD_STREAM:
             arguments = dataclasses.replace(arguments, **{name: None})
     if arguments.resume and arguments.output is None:
         raise InputError("--resume goes on behind the lines of --output: name that file")
     from tfm import hosts
 
     with translating(config), ExitStack() as stack:
-        refuse_shared_standard_input(input=arguments.input or STANDARD_OUTPUT, prefixes=arguments.prefixes)
+        refuse_shared_standard_input(input=arguments.input or STANDARD_STREAM, prefixes=arguments.prefixes)
         file = opened(arguments.input, stack)
         source = raw_lines(file)
         forced = None if arguments.prefixes is None else opened(arguments.prefixes, stack)

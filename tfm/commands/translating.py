@@ -29,8 +29,8 @@ class Models:
 
 
 @contextmanager
-def translating(config: Config) -> Iterator[None]:
-    """Every core translates, and other hosts do so together; to be entered before anything asks for a device.
+def translating(config: Config, scoring: bool = False) -> Iterator[None]:
+    """Every core translates or scores, other hosts do so together; to be entered before anything asks for a device.
 
     Raises OutOfDeviceMemory, saying what helps, where the devices' memory runs out.
     """
@@ -38,7 +38,8 @@ def translating(config: Config) -> Iterator[None]:
 
     backend.use_compilation_cache()
     backend.decode_on_every_core()
-    with hosts.together(config), device_memory.explained(*device_memory.TRANSLATING):
+    what_and_remedy = device_memory.SCORING if scoring else device_memory.TRANSLATING
+    with hosts.together(config), device_memory.explained(*what_and_remedy):
         yield
 
 

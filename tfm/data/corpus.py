@@ -165,10 +165,9 @@ class TextCorpus(Corpus):
 def read_lines(path: epath.Path) -> Iterator[bytes]:
     """Streams a file's lines, plain or gzip by its first bytes; a line ends at b"\\n" alone, the last maybe without."""
     try:
-        with path.open("rb") as file:
-            start: bytes = file.read(len(GZIP))
-            file.seek(0)
-            lines = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20) if start == GZIP else file
+        with path.open("rb") as opened, io.BufferedReader(opened) as file:  # a pipe, too, can be looked into
+            is_packed = file.peek(len(GZIP)).startswith(GZIP)
+            lines = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20) if is_packed else file
             for number, line in enumerate(lines):
                 if number == 0:
                     line = line.removeprefix(BOM)

@@ -131,8 +131,7 @@ class Tokenizer:
 
     def ids(self, pieces: Sequence[str]) -> list[int]:
         """Ids of pieces. Raises InputError at one that isn't in the vocabulary, or that text is never made of."""
-        # JSON may hold half of a surrogate pair, which is no text.
-        ids = [UNK if re.search("[\ud800-\udfff]", piece) else self._processor.piece_to_id(piece) for piece in pieces]
+        ids = [self._processor.piece_to_id(piece) if _is_text(piece) else UNK for piece in pieces]
         for piece, token in zip(pieces, ids, strict=True):
             if token <= UNK:
                 raise InputError(f"{piece!r} is no piece of this tokenizer: give pieces as it spells them, or text")
@@ -250,3 +249,8 @@ def _training_error(error: Exception, vocab_size: int) -> InputError:
             f"this corpus: set it to more than {found[2]}"
         )
     return InputError(f"data.vocab_size={vocab_size}: no tokenizer can be trained on this corpus: {message}")
+
+
+def _is_text(piece: object) -> bool:
+    """JSON may hold half of a surrogate pair, which is none."""
+    return isinstance(piece, str) and not re.search("[\ud800-\udfff]", piece)

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from tfm.data.corpus import single_line
 from tfm.data.tokenizer import Tokenizer
 
-# Chinese and Japanese put no blank after a full stop, but may close a quotation or a bracket.
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![。！？」』”’）])\s*")
-_BLANKS = re.compile(r"\s+")
+# What divides is the group: a quotation or a bracket may close before it. Chinese and Japanese put no blank there.
+_SENTENCE_ENDS = re.compile(r"""[.!?…]["'“”‘’«»‹›)\]]*(\s+)|[。！？][。！？」』”’）】》〉]*(\s*)""")
+_BLANKS = re.compile(r"(\s+)")
 
 
 def cut(line: str, tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
-    """Token ids of the pieces, each of at most `room` tokens; as few cuts as that allows. A tag is put before each.
+    """Token ids of the pieces, each of at most `room` tokens; a sentence that fits is not cut.
 
-    Where there is room for one token alone, it is not the tag.
+    A tag is put before each piece. Where there is room for one token alone, it is not the tag.
     """
     line, tag = tokenizer.split_tag(single_line(line))
     first = [] if tag is None or room < 2 else [tag]
@@ -54,5 +54,6 @@ def _units(line: str, spans: list[tuple[int, int]], tokenizer: Tokenizer, room: 
 
 def _between(separator: re.Pattern[str], line: str, start: int, stop: int) -> list[tuple[int, int]]:
     """The spans of a stretch of a line that separators divide, without those that are empty."""
-    edges = [start, *(edge for found in separator.finditer(line, start, stop) for edge in found.span()), stop]
+    found = separator.finditer(line, start, stop)
+    edges = [start, *(edge for one in found for edge in one.span(one.lastindex or 0)), stop]
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]

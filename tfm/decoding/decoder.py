@@ -276,8 +276,8 @@ class Decoder:
 
         # The logits of all positions at once may be more than there is room for. What divides the rows leaves no rest,
         # which would be a program of another shape, whose sums may round otherwise.
-        rows, most = target_BT.shape[0], max(1, _SCORED_AT_ONCE // target_BT.shape[1])
-        at_once = max(count for count in range(1, most + 1) if rows % count == 0)
+        most = max(1, _SCORED_AT_ONCE // target_BT.shape[1])
+        at_once = max(count for count in range(1, most + 1) if target_BT.shape[0] % count == 0)
         log_probs_BT = jax.lax.map(lambda args: row(*args), (tuple(outputs), target_BT), batch_size=at_once)
         return jnp.where(target_BT == PAD, 0.0, log_probs_BT)
 

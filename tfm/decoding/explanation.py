@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Sequence
@@ -76,7 +77,8 @@ def explain(loaded: Loaded, source: str, target: str | None = None) -> Explanati
       source: a line of text.
       target: a line of text.
 
-    Raises InputError at a blank source, and at a side longer than what is translated in one piece.
+    Raises InputError at a blank source or one that is translated in pieces, and at a target longer than what is scored:
+    more than `decoding.max_source_length` and `max_extra_tokens` together.
     """
     tokenizer, (model,), (parameters,) = loaded.tokenizer, loaded.models, loaded.parameters
     longest = loaded.config.decoding.max_source_length
@@ -88,7 +90,8 @@ def explain(loaded: Loaded, source: str, target: str | None = None) -> Explanati
             f"the source has {len(source_ids) + 1} tokens, end included, more than decoding.max_source_length={longest}"
             ": it is translated in pieces; explain one of them"
         )
-    translator = Translator(loaded.models, loaded.mesh, tokenizer, loaded.config.decoding)
+    alone = dataclasses.replace(loaded.config.decoding, sentences_per_batch=1)
+    translator = Translator(loaded.models, loaded.mesh, tokenizer, alone)
     translator.set_parameters(parameters)
     tokens = translator.translate([source])[0].hypotheses[0].tokens if target is None else target
     (scored,) = translator.score([source], [tokens])

@@ -22,7 +22,7 @@ def several(lines: Iterable[Any], what: str) -> Iterable[Any]:
 def checked(lines: Iterable[Any], what: str, first: int = 1, kinds: type | UnionType = str) -> Iterator[Any]:
     """The lines, counted from `first`. Raises TypeError at one that is none of `kinds`."""
     for number, line in enumerate(lines, first):
-        if not isinstance(line, kinds):
+        if isinstance(line, bytes) or not isinstance(line, kinds):  # bytes are a sequence, of numbers
             raise TypeError(f"{what} {number}: expected text, and got {type(line).__name__}")
         yield line
 

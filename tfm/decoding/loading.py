@@ -92,8 +92,8 @@ def _member(text: str) -> tuple[str, str | None]:
     Raises InputError where both readings are of a run.
     """
     folder, at, checkpoint = text.rpartition("@")
-    if at and RunDirectory(text).config_path.exists():
-        if RunDirectory(folder).config_path.exists():
+    if at and RunDirectory(text).exists():
+        if RunDirectory(folder).exists():
             raise InputError(f"--ensemble={text}: is a run, and so is {folder}: rename one of them")
         return text, None
     return (folder, checkpoint) if at and "/" not in checkpoint else (text, None)

@@ -24,7 +24,8 @@ from tfm.decoding.bleu import corpus_scores
 from tfm.decoding.decoder import check_beam
 from tfm.decoding.translator import Translator
 from tfm.model.transformer import count_parameters
-from tfm.training.metrics import MetricsWriter, finite, read_events
+from tfm.text import finite
+from tfm.training.metrics import MetricsWriter, read_events
 from tfm.training.progress import Progress, perplexity
 from tfm.training.signals import Stopped, StopRequest, stop_signals
 from tfm.training.step import TrainState, check_rows, trainer_of

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tfm.config import InputError
+from tfm.text import finite
 from tfm.training.curves import draw_curves
 
 if TYPE_CHECKING:
@@ -207,15 +208,6 @@ def read_events(path: AnyPath) -> Iterator[dict[str, Any]]:
                 yield event
         elif number < len(lines):  # the last one, without its line end, is from a run that was killed while it wrote
             raise InputError(f"{path}:{number}: not an event of tfm: expected JSON with step and kind")
-
-
-def finite(value: Any) -> Any:
-    """A number, or lists and dictionaries of them, with null in the place of NaN and infinity, which JSON has not."""
-    if isinstance(value, Mapping):
-        return {key: finite(its) for key, its in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(its) for its in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary(numbers: Mapping[str, float]) -> str:
