@@ -52,6 +52,8 @@ class Arguments:
 
 def main() -> None:
     arguments, config = parse("benchmarks/agreement.py", sys.argv[1:], Arguments)
+    if arguments.steps < 1 or arguments.steps % _IN_AN_INTERVAL:
+        raise InputError(f"--steps={arguments.steps}: expected a multiple of {_IN_AN_INTERVAL}, as the log has lines")
     if arguments.json is not None:
         check_writable(arguments.json)
     backend.use_compilation_cache()

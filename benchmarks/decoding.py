@@ -8,34 +8,39 @@
 All have the same architecture (that of configs/multi30k.py, or of `--config`) with random weights, the same number of
 threads, float32 (on a GPU bfloat16), and sentences of one length, which each is made to translate into as many tokens:
 what is compared is the speed of a search, not where it ends. They run in turn, round by round, so that a shared machine
-slows all of them; each may choose the best of a few batch sizes, found in a round that is not counted. Medians over
-rounds, and of their ratios.
+slows all of them. Each may choose the best of a few batch sizes, and CTranslate2 whether all threads work on one batch
+or each on one of its own (tfm has a device for each core), in rounds that are not counted. Medians over rounds, and of
+their ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from results import add_json, write_results
+from results import add_json, surroundings, write_results
 
 from tfm.allocator import keep_freed_memory
 
 VOCAB, BOS, EOS = 10_000, 2, 1
-Batch = Callable[[int], None]  # translates all sentences, in batches of so many
 
 
-def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
+class Search(NamedTuple):
+    """A toolkit's search."""
+
+    run: Callable[[int, int], None]  # translates all sentences, in batches of so many, by so many workers
+    workers: tuple[int, ...] = (1,)  # that share the threads
+
+
+def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Search:
     import jax
 
     from tfm import backend, sharding
@@ -53,7 +58,7 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
     parameters = jax.jit(lambda: init_parameters(model, 0))()
     decoders = {}
 
-    def run(rows: int) -> None:
+    def run(rows: int, workers: int) -> None:
         if rows not in decoders:
             config = DecodingConfig(
                 beam_size=beam,
@@ -70,10 +75,10 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Batch:
         for batch, hypotheses in zip(batches, found, strict=True):
             assert np.all(np.asarray(hypotheses.lengths_BW)[: len(batch), 0] == length)
 
-    return run
+    return Search(run)
 
 
-def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespace, folder: Path) -> Batch:
+def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespace, folder: Path) -> Search:
     import ctranslate2
     from ctranslate2.specs import transformer_spec
 
@@ -121,18 +126,21 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Nam
     spec.optimize()
     folder.mkdir()
     spec.save(str(folder))
-    translator = ctranslate2.Translator(
-        str(folder),
-        device="cpu" if arguments.device == "cpu" else "cuda",
-        compute_type="float32" if arguments.device == "cpu" else "bfloat16",
-        inter_threads=1,
-        intra_threads=arguments.threads,
-    )
+    translators = {
+        workers: ctranslate2.Translator(
+            str(folder),
+            device="cpu" if arguments.device == "cpu" else "cuda",
+            compute_type="float32" if arguments.device == "cpu" else "bfloat16",
+            inter_threads=workers,
+            intra_threads=max(1, arguments.threads // workers),
+        )
+        for workers in sorted({1, arguments.threads if arguments.device == "cpu" else 1})
+    }
     source = [[words[token] for token in ids] for ids in sentences.tolist()]
     length = sentences.shape[1]
 
-    def run(rows: int) -> None:
-        found = translator.translate_batch(
+    def run(rows: int, workers: int) -> None:
+        found = translators[workers].translate_batch(
             source,
             beam_size=beam,
             max_batch_size=rows,
@@ -142,10 +150,10 @@ def ctranslate2_search(sentences: np.ndarray, beam: int, arguments: argparse.Nam
         )
         assert all(len(result.hypotheses[0]) == length for result in found)
 
-    return run
+    return Search(run, tuple(translators))
 
 
-def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespace) -> Batch:
+def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespace) -> Search:
     import torch
     from transformers import MarianConfig, MarianMTModel
 
@@ -175,7 +183,7 @@ def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespac
         model, ids = model.to("cuda", torch.bfloat16), ids.to("cuda")
     length = sentences.shape[1]
 
-    def run(rows: int) -> None:
+    def run(rows: int, workers: int) -> None:
         with torch.inference_mode():
             for at in range(0, len(ids), rows):
                 found = model.generate(
@@ -188,7 +196,7 @@ def marian_search(sentences: np.ndarray, beam: int, arguments: argparse.Namespac
                 assert found.shape[1] == length + 1
                 found.cpu()  # waited for
 
-    return run
+    return Search(run)
 
 
 def main() -> None:
@@ -201,7 +209,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512, 1000])
     parser.add_argument("--without", nargs="*", default=[], choices=["tfm", "ctranslate2", "marian"])
     add_json(parser)
     arguments = parser.parse_args()
@@ -213,21 +221,8 @@ def main() -> None:
     else:  # all of them are on the device at the same time
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         os.environ["JAX_PLATFORMS"] = "cuda"
-    from tfm.benchmarking.report import processor
-
     sentences = np.random.default_rng(0).integers(4, VOCAB, (arguments.lines, arguments.length))
-    report = {
-        "what": vars(arguments),
-        "python": platform.python_version(),
-        "cpu": f"{processor()}, {os.cpu_count()} cores",
-        "command": " ".join(sys.argv),
-        "results": [],
-    }
-    report["versions"] = {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "ctranslate2", "transformers", "torch")
-        if importlib.util.find_spec(name)
-    }
+    results: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for beam in arguments.beams:
             makers = {
@@ -238,28 +233,42 @@ def main() -> None:
                 "marian": lambda beam=beam: marian_search(sentences, beam, arguments),
             }
             searches = {name: make() for name, make in makers.items() if name not in arguments.without}
-            report["results"].append(compare(searches, beam, len(sentences), arguments.rows, arguments.rounds))
-            write_results(arguments.json, report)  # so far: another beam may fail
+            results.append(compare(searches, beam, len(sentences), arguments.rows, arguments.rounds))
+            # So far, since another beam may fail; and late, since to look at devices settles how many there are.
+            report = {"what": vars(arguments), **surroundings("ctranslate2", "transformers"), "results": results}
+            write_results(arguments.json, report)
 
 
-def compare(searches: dict[str, Batch], beam: int, lines: int, rows: list[int], rounds: int) -> dict:
-    def rate(search: Batch, size: int) -> float:
+def compare(searches: dict[str, Search], beam: int, lines: int, rows: list[int], rounds: int) -> dict:
+    def rate(search: Search, setting: tuple[int, int]) -> float:
         start = time.perf_counter()
-        search(size)
+        search.run(*setting)
         return lines / (time.perf_counter() - start)
 
-    best = {}
+    best, tried = {}, {}
     for name, search in searches.items():
-        for size in rows:
-            search(size)  # compiles, where that is the way
-        best[name] = max(rows, key=lambda size: rate(search, size))
+        settings = [(size, workers) for workers in search.workers for size in rows]
+        for setting in settings:
+            search.run(*setting)  # compiles, where that is the way
+        rates = {setting: max(rate(search, setting) for _ in range(2)) for setting in settings}
+        best[name] = max(settings, key=rates.__getitem__)
+        tried[name] = [{"rows": size, "workers": n, "lines_per_second": r} for (size, n), r in rates.items()]
     measured: dict[str, list[float]] = {name: [] for name in searches}
     for _ in range(rounds):
         for name, search in searches.items():
             measured[name].append(rate(search, best[name]))
-    result = {"beam": beam, "rows": best, "lines_per_second": measured, "ratio_of_tfm": {}}
+    result = {
+        "beam": beam,
+        "rows": {name: size for name, (size, _) in best.items()},
+        "workers": {name: workers for name, (_, workers) in best.items()},
+        "tried": tried,
+        "lines_per_second": measured,
+        "ratio_of_tfm": {},
+    }
     for name, rates in measured.items():
-        print(f"beam {beam}: {name:<12} {statistics.median(rates):8.1f} lines/s, {best[name]} at once", file=sys.stderr)
+        size, workers = best[name]
+        by = f" by each of {workers} workers" if workers > 1 else ""
+        print(f"beam {beam}: {name:<12} {statistics.median(rates):8.1f} lines/s, {size} at once{by}", file=sys.stderr)
         if "tfm" in measured and name != "tfm":
             ratio = statistics.median(a / b for a, b in zip(measured["tfm"], rates, strict=True))
             result["ratio_of_tfm"][name] = ratio

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
+import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
     if path is not None:
         write_text(path, json.dumps(results, indent=2, default=str) + "\n")
+
+
+def surroundings(*packages: str) -> dict[str, Any]:
+    """When, by which command, with which versions and on which device of JAX, which this begins to use.
+
+    Args:
+      packages: further ones whose versions matter, where they are installed.
+    """
+    import jax
+
+    from tfm.benchmarking.report import device, versions
+
+    more = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions() | more,
+        "device": device(jax.devices()[0]),
+    }
 
 
 def _writable(name: str) -> Path:

@@ -62,10 +62,11 @@ def main() -> None:
         "beam": arguments.beam,
     }
     report["errors"] = errors(arguments.workdir, config, lines, arguments.beam, arguments.wide)
-    report["independence"] = {
-        dtype: independence(arguments.workdir, config, lines, arguments.beam, dtype) for dtype in arguments.dtypes
-    }
-    write_results(arguments.json, report)
+    report["independence"] = {}
+    write_results(arguments.json, report)  # so far, and again after each part: they take long
+    for dtype in arguments.dtypes:
+        report["independence"][dtype] = independence(arguments.workdir, config, lines, arguments.beam, dtype)
+        write_results(arguments.json, report)
 
 
 def say(text: str) -> None:

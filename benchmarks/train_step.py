@@ -28,11 +28,8 @@ Where the two are not the same:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -40,7 +37,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from results import add_json, write_results
+from results import add_json, surroundings, write_results
 
 from tfm.allocator import keep_freed_memory
 
@@ -215,7 +212,9 @@ def best_torch_step(
             seconds = statistics.median(timed(step) for _ in range(tries))
             measured.append({"kind": kind, "threads": count, "seconds": seconds, "step": step})
             print(f"PyTorch, {kind}, {count} threads: {seconds * 1e3:.1f} ms", file=sys.stderr)
-    best = min((one for one in measured if "step" in one), key=lambda one: one["seconds"])
+    best = min((one for one in measured if "step" in one), key=lambda one: one["seconds"], default=None)
+    if best is None:
+        raise RuntimeError("no kind of PyTorch's step could be run")
     tried = [{name: value for name, value in one.items() if name != "step"} for one in measured]
 
     def step() -> float:
@@ -280,14 +279,12 @@ def main() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         os.environ["JAX_PLATFORMS"] = "cuda"
         arguments.threads = arguments.threads or [1]
-    report = {"what": vars(arguments), "python": platform.python_version(), "results": []}
-    report["versions"] = {
-        name: importlib.metadata.version(name) for name in ("jax", "torch") if importlib.util.find_spec(name)
-    }
+    results = []
     for shape in arguments.shapes:
         rows, length = map(int, shape.split("x"))
-        report["results"].append(compare(rows, length, arguments))
-        write_results(arguments.json, report)  # so far: a later shape may fail
+        results.append(compare(rows, length, arguments))
+        # So far, since a later shape may fail; and late, since to look at devices settles how many there are.
+        write_results(arguments.json, {"what": vars(arguments), **surroundings(), "results": results})
 
 
 def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:
@@ -296,9 +293,13 @@ def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:
     # tfm comes first: it has the C library keep freed memory, from which PyTorch profits, too.
     steps = {"tfm": tfm_step(rows, length, arguments, sizes)}
     if not arguments.without_torch:
-        steps["torch"], result["torch"] = best_torch_step(
-            rows, length, arguments.all_dropout, arguments.threads, arguments.tries, sizes
-        )
+        try:
+            steps["torch"], result["torch"] = best_torch_step(
+                rows, length, arguments.all_dropout, arguments.threads, arguments.tries, sizes
+            )
+        except (ImportError, RuntimeError) as error:  # tfm's own time can be had all the same
+            print(f"PyTorch: {error}", file=sys.stderr)
+            result["torch"] = {"error": str(error)}
     losses = {name: step() for name, step in steps.items()}
     for name, loss in losses.items():
         assert abs(loss - math.log(sizes.vocab)) < 2, f"{name}: a loss of {loss} is not that of a fresh model"
@@ -319,7 +320,8 @@ def compare(rows: int, length: int, arguments: argparse.Namespace) -> dict:
     if "torch" in steps:
         ratio = statistics.median(b / a for a, b in zip(seconds["tfm"], seconds["torch"], strict=True))
         result["tfm_times_as_fast"] = ratio
-        print(f"         tfm is {ratio:.2f} times as fast", file=sys.stderr)
+        kind = result["torch"]["best"]["kind"]
+        print(f"         tfm is {ratio:.2f} times as fast as PyTorch ({kind})", file=sys.stderr)
     return result
 
 

@@ -112,7 +112,7 @@ def time_decoding(
         "rows_per_batch": bucket.rows,
         "source_length": bucket.length,
         "target_length": steps,
-        "warmup_searches": timing.warmup,
+        "warmup_searches": max(timing.warmup, 1),
         "searches": timing.steps,
         **programs.stage_seconds(*decoder.compile_stages["search", bucket, True]),
         **programs.spread("search", seconds[0]),
