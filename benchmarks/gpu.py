@@ -148,8 +148,8 @@ def predicted(measured: Path, small: bool, file: Path) -> None:
         "predicted_step_seconds": made.largest_seconds,
         "predicted_step_seconds_as_sum": made.sum_seconds,
         "measured_step_seconds": seconds,
-        "predicted_over_measured": made.largest_seconds / seconds,
-        "predicted_as_sum_over_measured": made.sum_seconds / seconds,
+        "largest_over_measured": made.largest_seconds / seconds,
+        "sum_over_measured": made.sum_seconds / seconds,
         **surroundings(),
     }
     file.write_text(json.dumps(result, indent=2) + "\n")

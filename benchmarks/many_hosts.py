@@ -356,7 +356,6 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> dict:
             "nothing_lost_beyond_the_last_checkpoint": found["resumed_from_the_newest_checkpoint"] == arguments.kills,
             "others_end_in_time": found["ended_in_time_with_a_status_and_a_cause"] == arguments.kills,
         }
-        report["holds"] = holds
         write_results(arguments.json, report)
     say(f"holds: {holds}")
     return report

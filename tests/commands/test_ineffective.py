@@ -31,6 +31,11 @@ def given(*options: str) -> list[Given]:
         ("plan", ["mesh.fsdp=2", "meshes=all"], "and --meshes say both which mesh is planned"),
         ("translate", ["decoding.ensemble_mean=probs"], "has no effect without --ensemble"),
         ("evaluate", ["data.corpus=demo", "source=a"], "has no effect with --source"),
+        ("benchmark train", ["decoding.beam_size=9"], "has no effect on tfm benchmark train, which translates nothing"),
+        ("benchmark train", ["data.store=a", "lengths=full"], "has no effect without --lengths=corpus"),
+        ("benchmark train", ["data.source_row_length=9", "sweep=length=8,16"], "and --sweep=length=8,16 say both"),
+        ("benchmark decode", ["optimizer.name=adam"], "has no effect on tfm benchmark decode, which trains nothing"),
+        ("benchmark decode", ["data.corpus=demo"], "whose sentences are random"),
         ("translate", ["mesh.tensor=-1"], "expected the number of devices that share the heads"),
         ("benchmark decode", ["mesh.fsdp=2"], "splits sentences over all devices, and heads by mesh.tensor"),
     ],
@@ -50,7 +55,9 @@ def test_what_has_no_effect_is_refused_by_name(command, options, message):
         ("translate", ["decoding.ensemble_mean=probs", "ensemble=a"]),
         ("evaluate", ["data.target_language=fr", "source=a", "decoding.n_best=1"]),
         ("train", ["data.tokenizer_model=bpe", "training.seed=1", "mesh.fsdp=2"]),
-        ("benchmark train", ["mesh.fsdp=2", "training.seed=1"]),
+        ("benchmark train", ["mesh.fsdp=2", "training.seed=1", "data.source_row_length=9", "sweep=batch=8,16"]),
+        ("benchmark train", ["data.corpus=demo", "lengths=corpus"]),
+        ("benchmark decode", ["data.vocab_size=300", "training.deterministic=True"]),
     ],
 )
 def test_what_has_an_effect_is_not_refused(command, options):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tfm.commands.typed import Given
 from tfm.config import InputError
@@ -20,6 +20,8 @@ _WITHOUT_USE = (
     ),
     (("explain",), ("decoding.n_best",), "which shows one translation"),
     (("explain",), ("mesh.",), "which uses one device"),
+    (("benchmark train",), ("decoding.",), "which translates nothing"),
+    (("benchmark decode",), ("optimizer.",), "which trains nothing"),
     (
         ("benchmark decode",),
         tuple(
@@ -55,16 +57,22 @@ _OVERRIDDEN = {
         ("workdir", "config", "which says what is planned"),
     ),
 }
+# By axis of a sweep: what it sets.
+_SWEPT = {
+    "batch": ("training.target_tokens_per_batch",),
+    "length": ("data.source_row_length", "data.target_row_length"),
+}
 # Of which a device has nothing but rows, or a part of the heads.
 _OVER_ALL_DEVICES = ("translate", "score", "evaluate", "benchmark decode")
 
 
 def refuse_without_effect(command: str, given: Sequence[Given]) -> None:
     """Raises InputError at an option that the command would ignore, or that another one of those given overrides."""
-    names = {option.name for option in given if option.values[-1] != "False"}
+    others = {option.name: option.values[-1] for option in given if option.values[-1] != "False"}
     for option in given:
         _refuse_without_use(command, option)
-        _refuse_overridden(command, option, names)
+        _refuse_overridden(command, option, others)
+        _refuse_of_a_benchmark(command, option, others)
         if command in _OVER_ALL_DEVICES:
             _refuse_of_a_mesh(command, option)
 
@@ -75,17 +83,29 @@ def _refuse_without_use(command: str, option: Given) -> None:
             raise InputError(f"{option}: has no effect on tfm {command}, {why}: leave it out")
 
 
-def _refuse_overridden(command: str, option: Given, names: set[str]) -> None:
-    for name, other, why in _OVERRIDDEN.get(command.split()[0], ()):
-        if option.name == name and other in names:
+def _refuse_overridden(command: str, option: Given, others: Mapping[str, str]) -> None:
+    for name, other, why in _OVERRIDDEN.get(command, ()):
+        if option.name == name and other in others:
             raise InputError(f"{option}: has no effect with --{other}, {why}: leave one of them out")
-    if option.name == "decoding.ensemble_mean" and command in _OF_A_TRAINED_MODEL and "ensemble" not in names:
+    if option.name == "decoding.ensemble_mean" and command in _OF_A_TRAINED_MODEL and "ensemble" not in others:
         raise InputError(f"{option}: has no effect without --ensemble: leave it out")
     is_of_a_corpus = option.name.startswith("data.") and option.name != "data.target_language"
-    if command == "evaluate" and is_of_a_corpus and "source" in names:
+    if command == "evaluate" and is_of_a_corpus and "source" in others:
         raise InputError(f"{option}: has no effect with --source, which is read in place of a corpus: leave it out")
-    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and "meshes" in names:
+    if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and "meshes" in others:
         raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
+
+
+def _refuse_of_a_benchmark(command: str, option: Given, others: Mapping[str, str]) -> None:
+    if command == "benchmark decode" and option.name.startswith("data.") and option.name != "data.vocab_size":
+        raise InputError(f"{option}: has no effect on tfm {command}, whose sentences are random: leave it out")
+    if command != "benchmark train":
+        return
+    if option.name in ("data.corpus", "data.store") and others.get("lengths") != "corpus":
+        raise InputError(f"{option}: has no effect without --lengths=corpus: random sentences are measured")
+    swept = _SWEPT.get(others.get("sweep", "").partition("=")[0], ())
+    if option.name in swept:
+        raise InputError(f"{option} and --sweep={others['sweep']} say both what is measured: leave one of them out")
 
 
 def _refuse_of_a_mesh(command: str, option: Given) -> None:
