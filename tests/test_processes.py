@@ -281,6 +281,14 @@ def test_hosts_with_other_options_are_named(config_path, place):
     assert not (place / "differing").exists()
 
 
+def test_hosts_that_do_not_share_the_run_directory_are_named_at_the_start(config_path, place):
+    options = ["train.py", f"--config={config_path}", f"--workdir={place / 'shared'}"]
+    program = Program(place, "unshared", 2, 4, *options, host1=f"--workdir={place / 'unshared'}")
+    assert program.statuses() == [2, 2]
+    assert "shared: another host does not see it" in program.said(0)
+    assert f"--workdir={place / 'unshared'}: is {place / 'shared'} on host 0" in program.said(1)
+
+
 def test_what_the_first_host_fails_at_ends_all(config_path, place, tmp_path):
     options = ["train.py", f"--config={config_path}", f"--workdir={tmp_path / 'run'}"]
     program = Program(place, "failing", 2, 4, *options, f"--data.corpus=text:{tmp_path}/none/{{split}}.{{lang}}")

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for wrong input, 130 for Ctrl-C, otherwise the command's own."""
     keep_freed_memory()  # before any thread is started, by a library or for Ctrl-C
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as files are, whatever the locale
-        sys.stdout.reconfigure(encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as files and their names are, whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         with _ctrl_c_is_never_lost():
             status = _dispatch(arguments)

@@ -125,7 +125,7 @@ class DataConfig:
     max_length_ratio: float = _at_least(1, 9.0)
     """A training pair is dropped when one side has more than this many times the tokens of the other, both plus 5."""
     drop_duplicates: bool = False
-    """Drop exact repetitions of a training pair."""
+    """Drop exact repetitions of a training pair within a corpus."""
     window_pairs: int = _at_least(1, 1_000_000)
     """Pairs that are packed together; an epoch is cut into windows of this many."""
     store: str | None = None

@@ -289,6 +289,15 @@ def test_a_validation_batch_is_no_larger_than_a_part_of_training_s():
     assert pairs == [90] * 5
 
 
+def test_a_validation_pair_that_takes_more_memory_than_training_is_named(caplog):
+    table = Table(90)
+    longest = int(table.sides["source"].argmax())
+    assert validation_batches(Store(table), "validation", _config()) and not caplog.messages
+    table.sides["source"][longest] = 500
+    validation_batches(Store(table), "validation", _config())
+    assert f"memory: validation pair {longest + 1} has 500 and " in caplog.text
+
+
 def test_no_pair_to_validate_on_is_refused():
     with pytest.raises(InputError, match=r"no pair to validate on.*data\.validation_split"):
         validation_batches(Store(Table(0)), "validation", _config())

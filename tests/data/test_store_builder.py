@@ -65,6 +65,32 @@ def test_mixture_with_weights_tags_and_a_corpus_without_validation(tmp_path, cor
     assert source_lengths(tagged).tolist() == [len(row) for row in rows]
 
 
+def test_what_a_mixture_lacks_is_found_before_anything_is_read(tmp_path, corpus, monkeypatch):
+    """Not after the hours that the corpora before it take."""
+    monkeypatch.setattr(store_builder, "_scan", None)
+    fields = config(corpus).data
+    mixed = dataclasses.replace(fields, corpus=(*fields.corpus, f"text:{tmp_path}/none/{{split}}.{{lang}}"))
+    with pytest.raises(InputError, match=r"none/train\.en: no such file"):
+        prepare(Config(data=mixed), tmp_path / "store")
+    monkeypatch.undo()
+    prepare(config(corpus), tmp_path / "store")
+    monkeypatch.setattr(store_builder, "_scan", None)
+    with pytest.raises(InputError, match="tag '<2de>' is not in the tokenizer"):
+        prepare(config(corpus, options=";tag=<2de>"), tmp_path / "other", tmp_path / "store" / "tokenizer.model")
+
+
+def test_a_corpus_for_training_alone_is_named_by_its_files(tmp_path, corpus):
+    back = write_corpus(tmp_path / "back", "train", range(7000, 7100))
+    fields = config(corpus).data
+    mixed = dataclasses.replace(fields, corpus=(*fields.corpus, f"text:{tmp_path}/back/train.{{lang}}"))
+    report = prepare(Config(data=mixed), tmp_path / "store").report
+    origin = f"{tmp_path}/back/train.en and {tmp_path}/back/train.de"
+    assert [(split.origin, split.pairs) for split in report.splits if split.pairs == len(back)] == [(origin, len(back))]
+    alone = dataclasses.replace(fields, corpus=mixed.corpus[1:])
+    with pytest.raises(InputError, match=r"back/train.\{lang\} has no \{split\} in it, and is for training alone"):
+        prepare(Config(data=alone), tmp_path / "other")
+
+
 def test_validation_text_has_the_tag_that_its_tokens_have(tmp_path, corpus):
     tagged = config(corpus, options=";tag=<2de>")
     store = prepare(tagged, tmp_path / "store")

@@ -82,6 +82,19 @@ def test_projections_start_glorot_uniform(in_shape, out_shape):
     assert bias.shape == out_shape and not bias.any()
 
 
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """In bfloat16, a sum stops growing at 256 where it is of ones."""
+    module = Projection((3,), (2,), ("embed", "mlp"), jnp.dtype("bfloat16"), use_bias=True)
+    parameters = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+
+    def total(parameters):
+        return jnp.sum(module.apply({"params": parameters}, jnp.ones((40, 100, 3))).astype(jnp.float32))
+
+    gradient = jax.grad(total)(parameters)["bias"]
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, 4000)
+
+
 def test_a_projection_adds_its_bias_and_computes_in_its_type():
     module = Projection((3,), (2, 2), ("embed", "heads", "kv"), jnp.dtype("bfloat16"), use_bias=True)
     parameters = {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.array([[1.0, 2.0], [3.0, 4.0]])}

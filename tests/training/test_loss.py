@@ -53,6 +53,16 @@ def gradients(case, chunks, of=lambda sums: sums.loss, smoothing=0.1):
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(x_BTD, table_VD)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_gradient_of_bfloat16_is_the_same_to_its_digits(case, chunks):
+    x_BTD, *rest = case
+    expected = gradients(case, chunks)
+    found = gradients((jnp.asarray(x_BTD, jnp.bfloat16), *rest), chunks)
+    assert [a.dtype for a in found] == [jnp.bfloat16, jnp.float32]
+    for mine, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float32), exact, atol=0.02)
+
+
 def test_a_case_worked_out_by_hand():
     # Probabilities 1/2, 1/4, 1/4, and a padded row that is not among them. The target is the first:
     # nll = ln 2; over the vocabulary (ln 2 + 2 ln 4) / 3 = 5/3 ln 2; with ε = 0.3: (0.7 + 0.3 * 5/3) ln 2 = 1.2 ln 2.

@@ -223,6 +223,14 @@ class ValidationBatches(_Batches):
         longer = max(source_length / config.data.source_row_length, target_length / config.data.target_row_length)
         parts = config.training.gradient_accumulation * math.ceil(longer**2)  # attention grows with the square
         rows = shards * max(1, config.rows_per_batch // shards // parts)
+        if config.rows_per_batch // shards < parts:
+            longest = np.argmax(np.maximum(source, target))
+            _log.warning(
+                "%s: validation pair %d has %d and %d tokens: rows of %d and %d tokens, in which nothing is "
+                "dropped, take more memory than training's of %d and %d",
+                *(tables[numbers[longest]].name, pairs[longest] + 1, source[longest], target[longest]),
+                *(source_length, target_length, config.data.source_row_length, config.data.target_row_length),
+            )
         super().__init__(tables, config, rows, source_length, target_length)
         self._packed = Rows.grouped(*pack(source, target, source_length, target_length), numbers, pairs)
 

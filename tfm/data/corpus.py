@@ -118,6 +118,13 @@ class Corpus(abc.ABC):
     def where(self, split: str) -> str:
         """The split's files or set, for messages."""
 
+    def lack(self, split: str) -> str:
+        """Where a split that is not there was looked for, for messages."""
+        return self.where(split)
+
+    def check(self, split: str) -> None:  # noqa: B027 (not every kind has something to look at)
+        """Raises InputError at what is known to be missing before anything is read."""
+
     @abc.abstractmethod
     def pairs(self, split: str) -> Iterator[RawPair]:
         """Streams (source, target) as bytes without the line's end. Raises InputError at what cannot be read."""
@@ -143,22 +150,28 @@ class TextCorpus(Corpus):
         ]
 
     def where(self, split: str) -> str:
+        return " and ".join(str(path) for path in self.paths(split))
+
+    def lack(self, split: str) -> str:
         if "{split}" not in self.spec.location:
             return f"{self.spec.location} has no {{split}} in it, and is for training alone"
-        return " and ".join(str(path) for path in self.paths(split))
+        return self.where(split)
 
     def has_split(self, split: str) -> bool:
         # Without {split} the one file is the training text: validating on it would say nothing.
         return "{split}" in self.spec.location and any(path.exists() for path in self.paths(split))
 
-    def pairs(self, split: str) -> Iterator[RawPair]:
-        paths = self.paths(split)
-        for path in paths:
+    def check(self, split: str) -> None:
+        for path in self.paths(split):
             if not path.exists():
                 raise InputError(
                     f"{path}: no such file, which data.corpus={self.spec.text!r} names for the split {split!r}; "
                     "correct the pattern, data.train_split, data.validation_split or the languages"
                 )
+
+    def pairs(self, split: str) -> Iterator[RawPair]:
+        self.check(split)
+        paths = self.paths(split)
         return _columns(paths[0]) if len(paths) == 1 else parallel_lines(*paths)
 
 
@@ -240,7 +253,7 @@ def corpora_with(corpora: Sequence[Corpus], split: str, field: str) -> list[Corp
     found = [corpus for corpus in corpora if corpus.has_split(split)]
     if not found:
         raise InputError(
-            f"no corpus has the split {split!r} ({'; '.join(corpus.where(split) for corpus in corpora)}): "
+            f"no corpus has the split {split!r} ({'; '.join(corpus.lack(split) for corpus in corpora)}): "
             f"set {field} to one that there is, or add it"
         )
     return found

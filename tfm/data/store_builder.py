@@ -32,10 +32,14 @@ def build_store(
     parts = [(corpus, data.train_split) for corpus in corpora]
     validating = corpora_with(corpora, data.validation_split, "data.validation_split")
     parts += [(corpus, data.validation_split) for corpus in validating]
+    tags = [corpus.spec.tag for corpus in corpora if corpus.spec.tag]
+    for corpus, split in parts:
+        corpus.check(split)
+    for tag in tags if tokenizer is not None else ():
+        tokenizer.tag_id(tag)
     stamps = _stamps(parts)
     sample = SentenceSample(data.tokenizer_sample)
     scanned = [_scan(corpus, split, config, sample if split == data.train_split else None) for corpus, split in parts]
-    tags = [corpus.spec.tag for corpus in corpora if corpus.spec.tag]
     asked = data.vocab_size
     if tokenizer is None:
         sentences = sample.sentences()

@@ -89,5 +89,22 @@ class Projection(nn.Module):
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
             bias = self.param("bias", zeros, self.out_shape, jnp.float32)
-            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + self.out_shape)
+            y = _with_bias(y, bias)
         return y
+
+
+@jax.custom_vjp
+def _with_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [..., out] plus a float32 bias [out], whose gradient is summed in float32, whatever the type of y."""
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def _with_bias_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _with_bias(y, bias), bias
+
+
+def _with_bias_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient, jnp.sum(gradient, axis=tuple(range(gradient.ndim - bias.ndim)), dtype=jnp.float32)
+
+
+_with_bias.defvjp(_with_bias_forward, _with_bias_backward)

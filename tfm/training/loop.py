@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from typing import Any
@@ -37,8 +38,10 @@ Scores = dict[str, float]
 
 _VALIDATING = (
     "a batch of validation pairs",
-    "raise training.gradient_accumulation, or take the longest pairs out of data.validation_split",
+    "raise training.gradient_accumulation, or take the longest pairs out of data.validation_split and start in a new "
+    "--workdir",
 )
+_SECONDS_TO_BE_SEEN = 30.0  # that a network disk may take to show a file to other hosts
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> int:
@@ -56,7 +59,23 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
         # The first host makes the directory; the others, which see the same disk, find it made.
         run = hosts.first_does(lambda: RunDirectory.create(workdir, config, lock=stack))
         run = run or RunDirectory.create(workdir, config, is_first=False)
+        _refuse_unshared(run)
         return Run(config, run, stack).go()
+
+
+def _refuse_unshared(run: RunDirectory) -> None:
+    """Raises InputError on each host where one of them doesn't see what the first one made: no save would ever end."""
+    first = hosts.agreed(str(run.path))
+    is_named_alike, deadline = str(run.path) == first, time.monotonic() + _SECONDS_TO_BE_SEEN
+    while is_named_alike and not run.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    is_seen = is_named_alike and run.exists()
+    if hosts.all_agree(is_seen):
+        return
+    if is_seen:
+        raise InputError(f"{run.path}: another host does not see it: give all of them one directory that they share")
+    differs = "holds no config.json here, and does on host 0" if is_named_alike else f"is {first} on host 0"
+    raise InputError(f"--workdir={run.path}: {differs}: give all hosts one directory that they share")
 
 
 class Run:

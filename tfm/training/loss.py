@@ -123,7 +123,20 @@ def _sums(
     nll_BT = lse_BT - target_BT
     loss_BT = (1.0 - label_smoothing) * nll_BT + label_smoothing * (lse_BT - mean_BT)
     sums = LossSums(jnp.sum(loss_BT * weights_BT), jnp.sum(nll_BT * weights_BT), jnp.sum(weights_BT))
-    return sums, (*gradients, jnp.sum(table_gradient_NDV, axis=0).T) if with_gradient else None
+    return sums, (*gradients, _upright(table_gradient_NDV, dtype)) if with_gradient else None
+
+
+def _upright(table_gradient_NDV: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[N, D, V] -> [V, D], over all N, of products of `dtype`."""
+
+    def apart(table_gradient_NDV: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(jnp.sum(table_gradient_NDV, axis=0)).T
+
+    def plain(table_gradient_NDV: jax.Array) -> jax.Array:
+        return jnp.sum(table_gradient_NDV, axis=0).T
+
+    # XLA takes the transposition into the product, of which CPUs have none with a float32 result of other operands.
+    return jax.lax.platform_dependent(table_gradient_NDV, cpu=plain if dtype == jnp.float32 else apart, default=plain)
 
 
 def _of_targets(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:

@@ -246,7 +246,8 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     shards = sharding.batch_shards(mesh)
     if rows % (shards * parts):
         fits = max(rows // (shards * parts), 1) * shards * parts * length
-        others = [str(n) for n in range(1, rows // shards + 1) if rows % (shards * n) == 0]
+        room = config.training.target_tokens_per_batch // length
+        others = [str(n) for n in range(1, rows // shards + 1) if rows == room - room % n and rows % (shards * n) == 0]
         fewer = f", or training.gradient_accumulation={' or '.join(others)}" if others else ""
         raise ConfigError(
             f"training.target_tokens_per_batch={config.training.target_tokens_per_batch} makes {rows} rows of "
