@@ -190,3 +190,9 @@ def test_a_full_disk_behind_standard_output_is_one_line():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert "no more room" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_no_utf_8_is_printed_as_it_is():
+    code = "import tfm.__main__ as m; m._dispatch = lambda _: print('a\\udcffb') or 0; m.main(['prepare'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=60)
+    assert (done.stdout, done.stderr) == (b"a\xffb\n", b"")

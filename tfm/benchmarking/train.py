@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,8 +28,6 @@ from tfm.device_memory import OutOfDeviceMemory
 from tfm.model.flops import train_step_flops
 from tfm.model.transformer import count_parameters
 from tfm.training.step import Trainer, TrainState, trainer_of
-
-_log = logging.getLogger(__name__)
 
 DISTINCT_BATCHES = 4  # that steps go round over where the input pipeline is left out
 _PROFILED_STEPS = 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +13,6 @@ from tfm.commands.train import deterministic_where_asked
 from tfm.config import Config, InputError
 from tfm.files import at_home
 from tfm.text import near
-
-_log = logging.getLogger(__name__)
 
 _KINDS = ("train", "decode", "compare")
 _COMPARE_USAGE = "tfm benchmark compare FIRST.json SECOND.json [--json=F]"
