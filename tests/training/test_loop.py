@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tfm import hosts
 from tfm.checkpoint import CheckpointReader, RunDirectory, run_directory
 from tfm.checkpoint.reader import ranked
 from tfm.commands import train as train_command
-from tfm.config import ConfigError, InputError
+from tfm.config import Config, ConfigError, InputError
 from tfm.training import loop
 from tfm.training.loop import Run, train
 from tfm.training.metrics import read_events
@@ -345,6 +346,21 @@ def test_another_activation_than_that_of_the_run_started_from_is_refused(finishe
     config = tiny_config({"training.initialize_from": str(finished), "model.activation": "gelu"})
     with pytest.raises(InputError, match=r"was trained with model.activation=relu, and this run has gelu"):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "others_see_it", "message"),
+    [
+        ("run", True, "run: holds no config.json here, and does on host 0: give all hosts one directory"),
+        ("made", False, "made: another host does not see it: give all of them one directory"),
+    ],
+)
+def test_a_run_directory_that_a_host_does_not_see_is_named(tmp_path, monkeypatch, name, others_see_it, message):
+    RunDirectory.create(tmp_path / "made", Config())
+    monkeypatch.setattr(loop, "_SECONDS_TO_BE_SEEN", 0.0)
+    monkeypatch.setattr(hosts, "all_agree", lambda good: good and others_see_it)
+    with pytest.raises(InputError, match=message):
+        loop._refuse_unshared(RunDirectory(tmp_path / name))
 
 
 def test_a_beam_of_validation_that_is_too_large_is_named(tiny_config, tmp_path):

@@ -65,7 +65,7 @@ class RunDirectory:
         return run
 
     def exists(self) -> bool:
-        """Whether a run has begun there. Raises InputError where nobody can tell."""
+        """Whether the config of a run is there, `has_begun` or not. Raises InputError where nobody can tell."""
         try:
             return self.config_path.exists()
         except ImportError as error:
