@@ -33,7 +33,7 @@ def by_position(table):
 class ByPast:
     """Logits that depend on all the tokens so far: table[sentence, position, state], a state of seven made of them.
 
-    The cache is the position and all that each beam has said.
+    The cache is the position and all that each beam has said: of a single one, until others go on from it.
     """
 
     STATES = 7
@@ -41,8 +41,8 @@ class ByPast:
     def __init__(self, tables):
         self.tables = np.asarray(tables, np.float32)  # [sentences, positions, STATES, V]
 
-    def cache(self, beams: int, length: int) -> Cache:
-        start = (jnp.zeros((), jnp.int32), jnp.zeros((len(self.tables), beams, length)))
+    def cache(self, length: int) -> Cache:
+        start = (jnp.zeros((), jnp.int32), jnp.zeros((len(self.tables), 1, length)))
 
         def reorder(cache, parents):
             position, said = cache

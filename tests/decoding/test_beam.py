@@ -60,9 +60,9 @@ def test_no_beam_search_finds_less_than_greedy_search(beams):
     """On tables surer of later tokens than of the first: losing sight of greedy's path costs something on a few."""
     surer = np.linspace(0.3, 5, 10)[None, :, None, None]
     past = ByPast(np.random.default_rng(5).normal(size=(400, 10, ByPast.STATES, 20)) * surer)
-    cache, bounds = past.cache(1, 10), limits([9] * 400, least=[0, 3] * 200)
+    cache, bounds = past.cache(10), limits([9] * 400, least=[0, 3] * 200)
     by_greedy = greedy(past.step, cache, bounds)
-    found = beam(past.step, past.cache(beams, 10), bounds, beams=beams, alpha=0.6)
+    found = beam(past.step, past.cache(10), bounds, beams=beams, alpha=0.6)
     scores, least = (of.log_probs_BW[:, 0] / length_penalty(of.lengths_BW[:, 0] + 1, 0.6) for of in (found, by_greedy))
     assert np.all(scores >= least - 1e-5)
     assert np.sum(scores > least + 1e-3) > 100
@@ -94,7 +94,7 @@ def test_at_full_width_the_n_best_are_the_true_ones(alpha, n_best, seed):
     most = generator.integers(1, LONGEST + 1, 67)
     least = generator.integers(0, 2, 67)
     width = (VOCAB - 1) ** LONGEST
-    cache = past.cache(width, LONGEST + 1)
+    cache = past.cache(LONGEST + 1)
     found = beam(past.step, cache, limits(most, least), beams=width, n_best=n_best, alpha=alpha)
     for row in range(67):
         truth = all_hypotheses(past, row, most[row], least[row], alpha)[:n_best]
@@ -127,7 +127,7 @@ def test_stopping_early_changes_nothing(beams, n_best, alpha):
     generator = np.random.default_rng(beams)
     past = ByPast(generator.normal(size=(100, 9, 7, 6)) * 2)
     most = generator.integers(0, 9, 100)
-    found = beam(past.step, past.cache(beams, 9), limits(most), beams=beams, n_best=n_best, alpha=alpha)
+    found = beam(past.step, past.cache(9), limits(most), beams=beams, n_best=n_best, alpha=alpha)
     for row in range(100):
         expected = narrow_beam(past, row, most[row], beams, n_best, alpha)
         scores = np.asarray(found.log_probs_BW[row]) / length_penalty(found.lengths_BW[row] + 1, alpha)

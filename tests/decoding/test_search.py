@@ -176,7 +176,7 @@ def test_a_forced_prefix_is_said_and_paid_for_and_leaves_the_rest_free():
     past = ByPast(generator.normal(size=(3, 6, 7, 6)))
     prefix = [[4, 2, -1, -1], [-1] * 4, [3, 3, 5, 2]]
     for beams in (1, 4):
-        cache, bounds = past.cache(beams, 6), limits([5, 5, 4], prefix=prefix)
+        cache, bounds = past.cache(6), limits([5, 5, 4], prefix=prefix)
         if beams == 1:
             found = greedy(past.step, cache, bounds)
             free = greedy(past.step, cache, limits([5, 5, 4]))

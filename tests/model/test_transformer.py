@@ -22,6 +22,7 @@ from tfm.model.transformer import (
     decode_step,
     init_parameters,
     output_table,
+    reorder_beams,
     start_decoding,
     unstack,
 )
@@ -146,6 +147,24 @@ def test_cached_decoding_equals_uncached(norm, tie):
         logits, cache = step(unstacked, targets[:, :, t], cache)
         assert logits.shape == (batch, beams, 128) and logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, expected[:, :, t], atol=2e-5)
+
+
+def test_the_first_step_of_a_single_beam_is_that_of_all_beams_and_any_of_them_goes_on_from_it():
+    model, parameters = model_and_parameters()
+    unstacked = unstack(parameters)
+    mask = jnp.ones((2, 4), bool)
+    step = jax.jit(functools.partial(decode_step, model))
+
+    def two_steps(first: int):
+        cache = start_decoding(model, unstacked, jnp.full((2, 4), 5), mask, beams=3, length=4)
+        logits, cache = step(unstacked, jnp.full((2, first), 2), cache)
+        cache = reorder_beams(cache, jnp.zeros((2, 3), jnp.int32))
+        return logits, step(unstacked, jnp.array([[7, 8, 9], [4, 4, 6]]), cache)[0]
+
+    (of_one, after_one), (of_all, after_all) = two_steps(1), two_steps(3)
+    assert of_one.shape == (2, 1, 128)
+    np.testing.assert_allclose(of_all, jnp.broadcast_to(of_one, of_all.shape), atol=2e-5)
+    np.testing.assert_allclose(after_one, after_all, atol=2e-5)
 
 
 def test_what_pads_a_source_does_not_change_its_decoding():

@@ -1,9 +1,10 @@
-"""The time of a translation: the `Decoder`'s own compiled searches, and what is prefill and what is a step in them.
+"""The time of a translation: the `Decoder`'s own compiled searches, and what of it is the first token and what a step.
 
 All sentences have the same length and are made to translate into as many tokens, so that the number of steps is known
 and what is compared is the speed of a search, not where it ends. The same program is also run on rows of padding alone,
-which it leaves after one step: that tells the prefill (the encoder, the keys and values of cross-attention, the cache)
-from the steps without a second program, which might be compiled differently.
+which it leaves after one step: that tells the first token (the encoder, the keys and values of cross-attention, the
+cache, and a step that beams have in common) from the further ones without a second program, which might be compiled
+differently.
 """
 
 from __future__ import annotations
@@ -93,9 +94,12 @@ def time_decoding(
     step = (search - after_one_step) / (steps - 1) if steps > 1 else 0.0
     # Noise can hide a search of a few milliseconds, and one step has no further one: unknown is better than 0.
     resolved = 0 < step < after_one_step
-    shape = (bucket.rows, beams, bucket.length, bucket.room)
     flops = prefill_flops(config.model, bucket.rows, bucket.length)
-    flops += steps * decode_step_flops(config.model, model.vocab_size, *shape)
+    # The first step is of a single beam, which sees as many slots of the cache as each of the others.
+    for count, hypotheses in ((1, 1), (steps - 1, beams)):
+        room = bucket.room * beams // hypotheses
+        shape = (bucket.rows, hypotheses, bucket.length, room)
+        flops += count * decode_step_flops(config.model, model.vocab_size, *shape)
     contents = {
         "sentences": sentences,
         "source_tokens": sentences * (timing.length + 1),
@@ -116,7 +120,7 @@ def time_decoding(
         "searches": timing.steps,
         **programs.stage_seconds(*decoder.compile_stages["search", bucket, True]),
         **programs.spread("search", seconds[0]),
-        "prefill_seconds_median": after_one_step - step if resolved else None,
+        "first_token_seconds_median": after_one_step,
         "step_seconds_median": step if resolved else None,
         **per_second(contents, search, len(devices)),
         "row_padding": 1 - sentences / bucket.rows,
@@ -208,7 +212,6 @@ def _counted_flops(decoder: Decoder, bucket: Bucket, beams: int, steps: int) -> 
         lambda: jax.tree.map(lambda p: p.astype(model.dtype), transformer.unstack(init_parameters(model, 0)))
     )
     source_BS = jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32)
-    tokens_BW = jax.ShapeDtypeStruct((bucket.rows, beams), jnp.int32)
 
     def prefill(parameters: Any, source_BS: jax.Array) -> Any:
         mask_BS = source_BS != PAD
@@ -219,5 +222,8 @@ def _counted_flops(decoder: Decoder, bucket: Bucket, beams: int, steps: int) -> 
 
     cache = jax.eval_shape(prefill, abstract, source_BS)
     once = programs.lowered_flops(jax.jit(prefill).lower(abstract, source_BS))
-    each = programs.lowered_flops(jax.jit(step).lower(abstract, tokens_BW, cache))
-    return None if once is None or each is None else once + steps * each
+    first, each = (
+        programs.lowered_flops(jax.jit(step).lower(abstract, jax.ShapeDtypeStruct(shape, jnp.int32), cache))
+        for shape in ((bucket.rows, 1), (bucket.rows, beams))
+    )
+    return None if once is None or first is None or each is None else once + first + (steps - 1) * each

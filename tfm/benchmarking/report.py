@@ -37,7 +37,7 @@ _COLUMNS = (
     ("target_length", "target", 1, 0),
     ("compile_seconds", "compile s", 1, 1),
     ("search_seconds_median", "search ms", 1e-3, 1),
-    ("prefill_seconds_median", "prefill ms", 1e-3, 1),
+    ("first_token_seconds_median", "first token ms", 1e-3, 1),
     ("step_seconds_median", "step ms", 1e-3, 2),
     ("sentences_per_second", "sentences/s", 1, 1),
     ("target_tokens_per_second", "target tokens/s", 1, 0),

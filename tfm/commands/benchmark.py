@@ -57,7 +57,7 @@ class TrainArguments(_Both):
 
 @dataclasses.dataclass(frozen=True)
 class DecodeArguments(_Both):
-    """Time compiled searches, with prefill and step apart: the latency of one sentence, the throughput of many."""
+    """Time compiled searches, first token and further steps apart: latency of one sentence, throughput of many."""
 
     length: int = 32
     """Tokens of each source sentence and of each translation."""

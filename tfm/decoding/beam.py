@@ -68,7 +68,7 @@ def beam_search(
     further tokens certain: a log-probability only falls, and no penalty is larger than that of the longest hypothesis.
 
     Args:
-      step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache.
+      step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache; at first, of one beam.
       cache: of the step function.
       limits: of each sentence.
       beams: living hypotheses W a sentence.
@@ -124,8 +124,8 @@ def beam_search(
 
     start = _Beams(
         jnp.zeros((), jnp.int32),
-        jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)[None].repeat(batch, axis=0),
-        jnp.full((batch, beams), bos, jnp.int32),
+        jnp.zeros((batch, 1)),
+        jnp.full((batch, 1), bos, jnp.int32),
         jnp.zeros((length, batch, beams), jnp.int32),
         jnp.zeros((length, batch, beams), jnp.int32),
         jnp.full((batch, n_best), -jnp.inf),
@@ -138,7 +138,8 @@ def beam_search(
         jnp.zeros((batch,), bool),
         cache.start,
     )
-    end = run(step, lambda state: state.done_B, start, limits, length)
+    # The first step is one of its own, of the one beam that all others go on from.
+    end = run(step, lambda state: state.done_B, step(start), limits, length)
     tokens_BRT = _read_back(end, eos)
     return Hypotheses(tokens_BRT, end.found_BR.lengths, end.found_BR.log_probs, end.done_B)
 

@@ -187,14 +187,13 @@ class MultiHeadAttention(nn.Module):
         keys_BHLK: jax.Array,
         values_BHLK: jax.Array,
         seen_BLW: jax.Array,
-        position: jax.Array,
+        slot: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One position of causal self-attention: beam w of `x` attends to the slots l where `seen` is true.
 
-        Returns the output [B, W, D] and the keys and values with `position` written.
+        Returns the output [B, W, D] and the keys and values with those of the beams written, from `slot` on.
         """
         axes = ("activation_batch", "activation_heads", "activation_length", "activation_kv")
-        slot = position * x_BWD.shape[1]
         k_BHWK, v_BHWK = (kv_BWHK.swapaxes(1, 2) for kv_BWHK in self.keys_and_values(x_BWD))
         keys_BHLK = constrain(jax.lax.dynamic_update_slice_in_dim(keys_BHLK, k_BHWK, slot, axis=2), *axes)
         values_BHLK = constrain(jax.lax.dynamic_update_slice_in_dim(values_BHLK, v_BHWK, slot, axis=2), *axes)

@@ -204,14 +204,14 @@ class DecoderLayer(_Layer):
         cache: LayerCache,
         seen_BLW: jax.Array,
         source_mask_BS: jax.Array,
-        position: jax.Array,
+        slot: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """The layer at one target position of each beam."""
+        """The layer at one target position of each beam, the first of which writes into `slot`."""
         written: list[jax.Array] = []
 
         def attend(x: jax.Array) -> jax.Array:
             out, *keys_and_values = self.self_attention.decode_self(
-                x, cache.self_keys_BHLK, cache.self_values_BHLK, seen_BLW, position
+                x, cache.self_keys_BHLK, cache.self_values_BHLK, seen_BLW, slot
             )
             written.extend(keys_and_values)
             return out

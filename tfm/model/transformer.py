@@ -256,16 +256,19 @@ def start_decoding(
 def decode_step(
     model: Transformer, unstacked: Parameters, tokens_BW: jax.Array, cache: DecodeCache
 ) -> tuple[jax.Array, DecodeCache]:
-    """Logits [B, W, V] (float32, V padded) after these tokens at the cache's position, and the cache with them."""
+    """Logits [B, W, V] (float32, V padded) after these tokens at the cache's position, and the cache with them.
+
+    At the first position, where all beams are the same, tokens [B, 1] of a single one will do.
+    """
     c, dtype, position = model.config, model.dtype, cache.position
     embedding = Embedding(c, model.vocab_size, dtype)
     x_BWD = embedding.apply({"params": unstacked["target_embedding"]}, tokens_BW, position.reshape(1, 1), None)
-    beams_W = jnp.arange(tokens_BW.shape[1], dtype=jnp.int32)
-    own_B1W = jnp.broadcast_to(beams_W, (tokens_BW.shape[0], 1, beams_W.size))
+    (batch, length, slots), beams = cache.ancestors_BTW.shape, tokens_BW.shape[1]
+    own_B1W = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), (batch, 1, beams))
     ancestors_BTW = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BTW, own_B1W, position, axis=1)
-    past_T = jnp.arange(ancestors_BTW.shape[1]) <= position
-    seen_BTWW = (ancestors_BTW[:, :, None] == beams_W[None, None, :, None]) & past_T[None, :, None, None]
-    seen_BLW = seen_BTWW.reshape(tokens_BW.shape[0], -1, beams_W.size)
+    past_1T11 = (jnp.arange(length) <= position)[None, :, None, None]
+    is_own_BTWW = ancestors_BTW[:, :, None, :beams] == jnp.arange(slots, dtype=jnp.int32)[None, None, :, None]
+    seen_BLW = (is_own_BTWW & past_1T11).reshape(batch, -1, beams)
 
     @jax.jit  # by itself, so that it is traced once for all layers: a start with a compiled program is mostly tracing
     def step(parameters: Parameters, x_BWD: jax.Array, layer: LayerCache, *rest: jax.Array) -> Any:
@@ -273,7 +276,7 @@ def decode_step(
 
     layers = []
     for parameters, layer in zip(unstacked["decoder"]["layers"], cache.layers, strict=True):
-        x_BWD, layer = step(parameters, x_BWD, layer, seen_BLW, cache.source_mask_BS, position)
+        x_BWD, layer = step(parameters, x_BWD, layer, seen_BLW, cache.source_mask_BS, position * slots)
         layers.append(layer)
     logits_BWV = project(model, unstacked, x_BWD)
     return logits_BWV, cache._replace(layers=tuple(layers), ancestors_BTW=ancestors_BTW, position=position + 1)
