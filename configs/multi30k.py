@@ -2,9 +2,9 @@
 
     python train.py --config=multi30k --workdir=runs/multi30k --data.corpus='text:DIR/{split}.{lang}'
 
-where DIR holds train, val and test_2016_flickr for en and de, each of them a file of one sentence a line (.gz too).
-The corpus is small, so the model is: about 2.6 million parameters, strong dropout, and a moving average of the
-parameters for evaluation.
+where DIR holds train, val and test_2016_flickr for en and de, each of them a file of one sentence a line (for packed
+ones, add .gz). The corpus is small, so the model is: about 2.6 million parameters, strong dropout, and a moving average
+of the parameters for evaluation.
 """
 
 from tfm.config import Config, DataConfig, DecodingConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -151,7 +151,7 @@ def test_the_longest_line_that_fits_is_left_whole(echo, caplog):
 
 
 def test_a_stream_is_read_a_window_at_a_time_and_lines_are_counted_on(echo, monkeypatch, caplog):
-    monkeypatch.setattr(module, "WINDOW_LINES", 4)
+    monkeypatch.setattr(echo, "_window_lines", 4)
     long = " ".join(WORDS * 4)
     taken = []
 
@@ -170,6 +170,17 @@ def test_a_stream_is_read_a_window_at_a_time_and_lines_are_counted_on(echo, monk
                 break
     assert found[5].text == long and found[0].text == "haus tür"
     assert [m.split(" has")[0] for m in caplog.messages] == ["line 106"]
+
+
+def test_a_window_fills_the_largest_batches(tokenizer, monkeypatch):
+    """Sixteen of the shortest sentences', however many devices these are for, and never fewer lines than 8,192."""
+    monkeypatch.setattr(module, "patience", lambda: None)  # this machine may be busy
+    model = Transformer(MODEL_CONFIG, tokenizer.vocab_size)
+    for tokens, lines in ((4096, 8192), (2**16, 2**16)):
+        config = dataclasses.replace(CONFIG, tokens_per_batch=tokens)
+        translator = Translator([model], make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer, config)
+        translator.decoder = Echo()
+        assert len(next(translator.windows("" for _ in range(lines + 5)))) == lines
 
 
 def test_a_slow_stream_is_answered_line_by_line(echo):

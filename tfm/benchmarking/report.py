@@ -19,7 +19,7 @@ from tfm.benchmarking.peak import MatmulPeak
 from tfm.config import Config
 from tfm.text import aligned, finite
 
-FORMAT = 1
+FORMAT = 2
 """Of reports: another number where names or meanings of figures have changed."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")

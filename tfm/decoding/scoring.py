@@ -17,7 +17,7 @@ from tfm.data.tokenizer import EOS, Tokenizer
 from tfm.decoding.decoder import Bucket, Decoder, bucket_of
 from tfm.decoding.inputs import checked, in_step, several
 from tfm.decoding.translation import Scored, Statistics, penalised
-from tfm.decoding.windows import WINDOW_LINES, Windows, patience
+from tfm.decoding.windows import Windows, patience, window_lines
 
 _log = logging.getLogger(__name__)
 
@@ -32,12 +32,15 @@ def score_windows(
     """As `Translator.score`, for streams of any length; `statistics` counts what was done."""
     sources = checked(several(sources, "sources"), "source")
     targets = checked(several(targets, "targets"), "target", kinds=str | Sequence)
-    with closing(Windows(in_step(sources, targets, "targets", 1), WINDOW_LINES, patience())) as windows:
+    lines = window_lines(decoder.score_buckets[0].rows)
+    with closing(Windows(in_step(sources, targets, "targets", 1), lines, patience())) as windows:
         first = 1
         while not windows.ended:
             window = windows.take(wait=True)
             yield _scored(decoder, tokenizer, statistics, window, first)
             first += len(window)
+            if len(window) == lines:
+                give_back_freed_memory()
 
 
 def _scored(
@@ -88,6 +91,4 @@ def _scored(
             statistics.target_tokens += length - 1
     statistics.lines += len(window)
     statistics.sentences += len(window)
-    if len(window) == WINDOW_LINES:
-        give_back_freed_memory()
     return scored

@@ -27,7 +27,7 @@ from tfm.decoding.loading import load_models
 from tfm.decoding.scoring import score_windows
 from tfm.decoding.search import Hypotheses
 from tfm.decoding.translation import Hypothesis, Scored, Statistics, Translation, penalised
-from tfm.decoding.windows import WINDOW_LINES, Windows, patience
+from tfm.decoding.windows import Windows, patience, window_lines
 from tfm.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Translator:
     ):
         self.tokenizer, self.config = tokenizer, config
         self.decoder = Decoder(models, mesh, config, tokenizer.banned_ids, scores=scores)
+        self._window_lines = window_lines(self.decoder.buckets[0].rows)
         self.steps: tuple[int, ...] = ()
         """The checkpoints that the parameters are of, where they come from a run directory."""
         self.statistics = Statistics()
@@ -136,7 +137,7 @@ class Translator:
     ) -> Iterator[list[Translation]]:
         """As `translate`, for a stream of any length or speed: translations as soon as there are any, in order.
 
-        What is there is translated at once, up to `WINDOW_LINES`; while the devices work, the next lines are read and
+        What is there is translated at once, up to `window_lines`; while the devices work, the next lines are read and
         tokenized, and the last ones detokenized. `first` is the number of the first line, in messages and for draws.
         """
         lines = checked(several(lines, "lines"), "line", first)
@@ -147,7 +148,7 @@ class Translator:
             pairs = ((line, "") for line in lines)
         # What begins with a prefix may well go on for longer than its source lets expect.
         shapes = self.decoder.long_buckets if has_prefixes else self.decoder.buckets
-        with contextlib.closing(Windows(pairs, WINDOW_LINES, patience())) as windows:
+        with contextlib.closing(Windows(pairs, self._window_lines, patience())) as windows:
             before: tuple[_Window, list[_Started]] | None = None
             while before is not None or not windows.ended:
                 window, refused = self._window(windows.take(wait=before is None), first, has_prefixes)
@@ -209,7 +210,7 @@ class Translator:
         self.statistics.lines += window.lines
         self.statistics.sentences += len(window.pieces)
         self.statistics.source_tokens += sum(len(piece.ids) for piece in window.pieces)
-        if window.lines == WINDOW_LINES:
+        if window.lines == self._window_lines:
             give_back_freed_memory()
         return [Translation(_joined(parts)) for parts in of_lines]
 

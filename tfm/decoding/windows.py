@@ -12,13 +12,21 @@ from tfm import hosts
 
 T = TypeVar("T")
 
-# Lines that are sorted into buckets together: enough to fill them. No more than three times as many are ever held.
-WINDOW_LINES = 8192
+_LINES = 8192
+_BATCHES = 16
 
-# Seconds in which a window is filled, once its first item is there. Reading a file takes far less, and translating a
-# window far more; of a slow stream, what it gave in that time is translated.
+# Seconds in which so many items have to be there, once the first of them is. Reading a file takes far less, and
+# translating a window far more; of a slow stream, what it gave in that time is translated.
 PATIENCE = 0.1
 _NAP = 0.5
+
+
+def window_lines(rows: int) -> int:
+    """Lines that are sorted into buckets together: enough to fill batches of so many rows, but for a few in a hundred.
+
+    No more than three times as many are ever held.
+    """
+    return max(_LINES, _BATCHES * rows)
 
 
 class Windows(Generic[T]):
@@ -62,15 +70,15 @@ class Windows(Generic[T]):
     def take(self, wait: bool) -> list[T]:
         """The items that are there, in their order; waits for the first of them if asked to. Empty at the end, too."""
         taken: list[T] = []
-        deadline = 0.0
+        since = 0.0
         while len(taken) < self._size and not self._ended:
             try:
                 if taken and self._patience is not None:
-                    left = max(0.0, deadline - time.monotonic())
-                    item = self._queue.get(timeout=left) if left else self._queue.get_nowait()
+                    left = self._patience * (1 + len(taken) // _LINES) - (time.monotonic() - since)
+                    item = self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
                 else:
                     item = self._waited_for() if wait or self._patience is None else self._queue.get_nowait()
-                    deadline = time.monotonic() + (self._patience or 0.0)
+                    since = time.monotonic()
             except queue.Empty:
                 break
             if isinstance(item, tuple):
