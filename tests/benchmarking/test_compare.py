@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tfm.benchmarking.compare import compare, comparison_table, read_report
+from tfm.benchmarking.report import FORMAT
 from tfm.config import InputError
 
 
@@ -84,8 +85,8 @@ def test_a_file_that_is_no_report_is_named(tmp_path, report_of):
     path.write_text('{"benchmark": "train", "points": [1]}')
     with pytest.raises(InputError, match=r"a.json: no report of tfm benchmark"):
         read_report(path)
-    path.write_text(json.dumps(report_of() | {"format": 2}))
-    with pytest.raises(InputError, match=r"a.json: a report of format 2, and this tfm compares 1: measure anew"):
+    path.write_text(json.dumps(report_of() | {"format": 1}))
+    with pytest.raises(InputError, match=rf"a.json: a report of format 1, and this tfm compares {FORMAT}: measure anew"):
         read_report(path)
     path.write_text(json.dumps(report_of()))
     assert read_report(path) == report_of()
