@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -138,6 +140,35 @@ def test_the_hash_is_that_of_the_files_of_the_package():
         [sys.executable, "-c", "from tfm import hosts; print(hosts.code_hash())"], capture_output=True, text=True
     )
     assert again.stdout.strip() == hosts.code_hash()
+
+
+def test_the_hash_of_other_code_is_another(tmp_path, monkeypatch):
+    package = shutil.copytree(Path(hosts.__file__).parent, tmp_path / "tfm", ignore=shutil.ignore_patterns("*.pyc"))
+    mine = hosts.code_hash()
+    monkeypatch.setattr(hosts, "__file__", str(package / "hosts.py"))
+    assert hosts.code_hash() == mine
+    with open(package / "model" / "layers.py", "ab") as file:
+        file.write(b"#")
+    assert hosts.code_hash() != mine
+
+
+def test_what_a_host_has_not_said_yet_is_asked_for_again_and_an_error_is_one(monkeypatch):
+    asked = []
+
+    class Slow:
+        def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+            asked.append(key)
+            if key == "gone":
+                raise jax.errors.JaxRuntimeError("UNAVAILABLE: the service has ended")
+            if len(asked) < 3:
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: nothing was said")
+            return "value"
+
+    monkeypatch.setattr(hosts, "_client", Slow)
+    assert hosts._get("said") == "value" and asked == ["said"] * 3
+    with pytest.raises(jax.errors.JaxRuntimeError, match="UNAVAILABLE"):
+        hosts._get("gone")
+    assert len(asked) == 4
 
 
 class Client:

@@ -304,9 +304,8 @@ def batch() -> Batch:
     return Batch(tokens(source), source, positions(source), inputs, outputs, target, positions(target), rows)
 
 
-def loss_and_gradients(mesh: jax.sharding.Mesh, batch: Batch, accumulation: int = 1):
-    training = dataclasses.replace(CONFIG.training, gradient_accumulation=accumulation)
-    trainer = trainer_of(dataclasses.replace(CONFIG, training=training), mesh)
+def loss_and_gradients(mesh: jax.sharding.Mesh, batch: Batch):
+    trainer = trainer_of(CONFIG, mesh)
     parameters = jax.jit(lambda: trainer._init().parameters, out_shardings=trainer.state_shardings.parameters)()
     batch_sharding, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     function = jax.jit(

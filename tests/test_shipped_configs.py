@@ -33,8 +33,7 @@ def compiled(config: Config) -> dict[str, jax.stages.Compiled]:
     source, target = config.data.source_row_length, config.data.target_row_length
     batch = Batch(*[row_field(source)] * 3, *[row_field(target)] * 4, row_field())
     decoder = Decoder([model], mesh, config.decoding, banned=(0, 2, 3))
-    laid_out = jax.eval_shape(decoder._laid_out, (state.parameters,))
-    decoder._parameters = sharding.placed(laid_out, decoder._shardings)
+    decoder._parameters = decoder.abstract_parameters()
     bucket = decoder.buckets[0]
     sentences = Sentences(jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32))
     search = functools.partial(decoder._search, bucket)

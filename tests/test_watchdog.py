@@ -27,3 +27,14 @@ def test_among_others_each_kind_of_work_has_its_limit_and_the_first_host_is_pati
             for work in ("compiling", "stepping", "evaluating", "saving"):
                 watchdog.begins(work)
         assert armed == [(seconds, True) for seconds in expected]
+
+
+def test_the_first_host_is_not_so_patient_that_it_is_ended_before_it_shows_where_it_was(monkeypatch):
+    """JAX ends it for want of the others' heartbeats, which end with them."""
+    armed = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append(seconds))
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    for limits in (HostsConfig(), HostsConfig(step_timeout=10, heartbeat_timeout=2)):
+        with Watchdog(limits) as watchdog:
+            watchdog.begins("stepping")
+        assert 0 < armed.pop() - limits.step_timeout <= max(1, hosts._patience(limits.heartbeat_timeout) * 2 // 3)

@@ -139,19 +139,21 @@ def _start(hosts: HostsConfig) -> bool:
             raise ConfigError(f"hosts.coordinator={address}: expected HOST:PORT of the first host, PORT below 65536")
     if size is not None and number is not None and not 0 <= number < size:
         raise ConfigError(f"hosts.index={number}: expected 0 to {size - 1}, since hosts.count={size}")
+    begun = time.monotonic()
     if address is not None and number == 0:
         _refuse_taken_port(address)
     if address is not None and size is not None and number:
         _wait_for_the_first(address, hosts.start_timeout)
+    left = max(1, hosts.start_timeout - int(time.monotonic() - begun))
     # JAX would take SIGTERM for a request, which nothing but training ever looks for: see `heed_sigterm`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        with _at_most(hosts.start_timeout):
+        with _at_most(left, hosts.start_timeout):
             jax.distributed.initialize(
                 coordinator_address=address,
                 num_processes=size,
                 process_id=number,
-                initialization_timeout=hosts.start_timeout + _LONGER,
+                initialization_timeout=left + _LONGER,
                 heartbeat_timeout_seconds=_patience(hosts.heartbeat_timeout),
                 shutdown_timeout_seconds=hosts.heartbeat_timeout,
             )
@@ -180,11 +182,14 @@ def _start(hosts: HostsConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Ends this process with one line where the others do not come in time; JAX would abort it, with a stack in C++."""
+def _at_most(seconds: float, of: int) -> Iterator[None]:
+    """Ends this process with one line where the others do not come in time; JAX would abort it, with a stack in C++.
+
+    The seconds are what is left of `hosts.start_timeout`.
+    """
 
     def give_up() -> None:
-        message = f"not all hosts came within hosts.start_timeout={seconds} seconds: are hosts.count of them running?"
+        message = f"not all hosts came within hosts.start_timeout={of} seconds: are hosts.count of them running?"
         print(f"tfm: error: {message}", file=sys.stderr, flush=True)
         os._exit(2)
 

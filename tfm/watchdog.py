@@ -25,8 +25,9 @@ class Watchdog:
             "evaluating": config.evaluation_timeout,
             "saving": config.save_timeout,
         }
-        # When the first host ends, JAX ends the others at once, before they could say where they were.
-        extra = max(5, config.step_timeout // 10) if hosts.is_first() else 0
+        # When the first host ends, JAX ends the others at once, before they could say where they were. And when they
+        # have ended, JAX ends the first for want of their heartbeats, before it could.
+        extra = max(1, min(max(5, config.step_timeout // 10), config.heartbeat_timeout // 2)) if hosts.is_first() else 0
         self._limits = {work: limit and limit + extra for work, limit in limits.items()} if hosts.count() > 1 else {}
 
     def __enter__(self) -> Watchdog:

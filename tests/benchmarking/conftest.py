@@ -48,9 +48,11 @@ def point():
 @pytest.fixture
 def report_of(point):
     """A report of `tfm benchmark train` with these points."""
+    from tfm.benchmarking.report import FORMAT
 
     def make(*points, **changes):
         values = {
+            "format": FORMAT,
             "benchmark": "train",
             "device": {"device_kind": "cpu"},
             "versions": {"jax": "1"},

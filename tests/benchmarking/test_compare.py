@@ -86,7 +86,7 @@ def test_a_file_that_is_no_report_is_named(tmp_path, report_of):
     with pytest.raises(InputError, match=r"a.json: no report of tfm benchmark"):
         read_report(path)
     path.write_text(json.dumps(report_of() | {"format": 1}))
-    with pytest.raises(InputError, match=rf"a.json: a report of format 1, and this tfm compares {FORMAT}: measure anew"):
+    with pytest.raises(InputError, match=rf"a.json: a report of format 1, and this tfm compares {FORMAT}: measure"):
         read_report(path)
     path.write_text(json.dumps(report_of()))
     assert read_report(path) == report_of()

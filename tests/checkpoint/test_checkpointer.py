@@ -1,10 +1,12 @@
 """Saving and resuming: what is kept, and what kills, damage and full disks leave."""
 
+import errno
 import random
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.states import abstract, assert_same, flip_bit, small_state
+from tfm import hosts
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory
+from tfm.checkpoint import checkpointer as module
 from tfm.config import InputError
 
 
@@ -48,6 +52,29 @@ def test_a_copy_without_manifests_is_no_run_to_start_anew(copy):
     ):
         checkpointer.resume(abstract(small_state(0)))
     assert {path.name for path in copy.checkpoints_path.iterdir()} == {"1", "2", "3"}
+
+
+def test_of_checkpoints_that_hosts_see_differently_those_of_the_first_count(run, monkeypatch):
+    """A network disk may still show to others what the first has moved aside, and they would not save it again."""
+    with Checkpointer(run) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, small_state(step))
+    monkeypatch.setattr(hosts, "agreed", lambda found: [its for its in found if its["step"] == 1])
+    with Checkpointer(run) as checkpointer:
+        assert [*checkpointer._finished] == [1]
+        assert checkpointer._finished[1] == CheckpointReader(run)._known()[1]
+
+
+def test_a_host_waits_until_it_sees_what_the_first_has_renamed(tmp_path):
+    threading.Timer(0.2, (tmp_path / "3").mkdir).start()
+    module._wait_until_seen(tmp_path / "3")
+    assert (tmp_path / "3").exists()
+
+
+@pytest.mark.parametrize(("number", "advice"), [(errno.EACCES, "make the directory writable and "), (errno.EIO, "")])
+def test_what_helps_is_said_of_an_error_that_it_helps(run, number, advice):
+    error = Checkpointer(run)._explained(3, OSError(number, "no"))
+    assert str(error).endswith(f"there is no good checkpoint yet: {advice}run the same command again")
 
 
 def test_an_unfinished_step_is_passed_over_and_said(copy, caplog):

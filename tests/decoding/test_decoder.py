@@ -300,11 +300,7 @@ def test_tensor_groups_end_when_they_are_done(sentences, search):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for a TPU takes libtpu: requirements-tpu.txt")
 def test_on_a_slice_of_tpus_nothing_is_said_either_and_the_cache_is_updated_in_place():
     decoder = Decoder([MODEL], make_mesh(MeshConfig(), devices_of(topology_of("v5e:4x4"))), BEAM, BANNED)
-    decoder._parameters = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(decoder._laid_out, (unboxed(abstract_parameters(MODEL)),)),
-        decoder._shardings,
-    )
+    decoder._parameters = decoder.abstract_parameters()
     bucket = decoder.buckets[-1]
     rows = Sentences(np.zeros((bucket.rows, bucket.length), np.int32))
     text = decoder._program(partial(decoder._search, bucket), "search", bucket, rows).as_text()

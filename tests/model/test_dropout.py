@@ -10,8 +10,10 @@ import pytest
 
 from tfm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from tfm.data.batches import Batch
+from tfm.model.attention import Sight, Tokens
 from tfm.model.dropout import DropoutKey, dropout, dropout_key, keep_mask, mix
-from tfm.model.transformer import Transformer
+from tfm.model.layers import Embedding, EncoderLayer
+from tfm.model.transformer import Transformer, init_parameters, unstack
 from tfm.sharding import make_mesh
 from tfm.training.step import Trainer
 
@@ -152,6 +154,28 @@ def test_scaling_keeps_the_mean_and_the_gradient_follows_the_mask():
 def test_the_site_is_folded_in():
     x = jnp.ones(SHAPE)
     assert np.any(dropout(x, 0.5, key(), 1) != dropout(x, 0.5, key(), 2))
+
+
+def test_each_layer_of_a_stack_drops_by_its_own_number():
+    """As layers that are called one by one with the keys of their numbers, and not with that of the first."""
+    config = ModelConfig(d_model=16, d_ff=32, num_heads=2, encoder_layers=3, decoder_layers=1, dropout_rate=0.5)
+    model = Transformer(config, 50)
+    parameters = init_parameters(model, 0)
+    tokens, of_step = jnp.full((2, 6), 7), key(step=3, rows=2)
+    source = Tokens(jnp.ones_like(tokens), jnp.arange(6)[None])
+    found = model.apply({"params": parameters}, tokens, source, of_step, method="encode")
+
+    def one_by_one(numbers):
+        of_encoder = of_step.fold_in(0)
+        table = {"params": parameters["target_embedding"]}
+        x = Embedding(config, 50, model.dtype).apply(table, tokens, source.positions_BL, of_encoder)
+        sight = Sight.of(source, source, causal=False)
+        for layer, number in zip(unstack(parameters)["encoder"]["layers"], numbers, strict=True):
+            x = EncoderLayer(config, model.dtype).apply({"params": layer}, x, sight, of_encoder.fold_in(number))
+        return x
+
+    np.testing.assert_allclose(found, one_by_one([0, 1, 2]), atol=1e-5)
+    assert np.abs(found - one_by_one([0, 0, 0])).max() > 0.1
 
 
 def test_without_a_key_or_a_rate_nothing_happens():

@@ -1,5 +1,6 @@
 """What the compiler is asked and what it answers, on simulated devices."""
 
+import dataclasses
 import re
 from importlib.util import find_spec
 
@@ -9,8 +10,10 @@ import pytest
 from tfm import sharding
 from tfm.commands.config_files import load_config
 from tfm.config import MeshConfig
+from tfm.decoding.decoder import Decoder
 from tfm.hlo.collectives import traffic
 from tfm.hlo.program import Program
+from tfm.model.transformer import Transformer
 from tfm.planning import compiled
 from tfm.planning.compiled import (
     activation_bytes,
@@ -65,6 +68,20 @@ def test_the_decode_step_has_no_collective_without_tensor(tiny_config):
     assert step.compiled.counts.collectives == ()
     assert step.compiled.counts.unknown_loops == 0
     assert step.compiled.counts.flops > 0
+
+
+def test_the_decode_step_is_that_of_the_bucket_that_takes_most_memory(tiny_config):
+    config = tiny_config({"decoding.max_source_length": 64, "decoding.max_extra_tokens": 40})
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    step = compile_decode_step(config, mesh)
+    model = Transformer(config.model, config.data.vocab_size)
+    buckets = Decoder([model], mesh, config.decoding, ()).buckets
+    needed = {}
+    for bucket in buckets:
+        only = dataclasses.replace(config.decoding, max_source_length=bucket.length)
+        only = dataclasses.replace(only, tokens_per_batch=bucket.rows * bucket.length, sentences_per_batch=bucket.rows)
+        needed[bucket] = compile_decode_step(dataclasses.replace(config, decoding=only), mesh).compiled.total_bytes
+    assert len(buckets) == 3 and step.bucket == max(buckets, key=needed.__getitem__)
 
 
 def test_what_the_tpu_compiler_says_of_its_memory():

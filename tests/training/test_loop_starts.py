@@ -126,18 +126,24 @@ def test_another_activation_than_that_of_the_run_started_from_is_refused(finishe
 
 
 @pytest.mark.parametrize(
-    ("name", "others_see_it", "message"),
+    ("index", "message"),
     [
-        ("run", True, "run: holds no config.json here, and does on host 0: give all hosts one directory"),
-        ("made", False, "made: another host does not see it: give all of them one directory"),
+        (1, "run: is another directory than host 0 has under that name: give all hosts one directory"),
+        (0, "run: another host does not see it: give all of them one directory"),
     ],
 )
-def test_a_run_directory_that_a_host_does_not_see_is_named(tmp_path, monkeypatch, name, others_see_it, message):
-    RunDirectory.create(tmp_path / "made", Config())
+def test_a_run_directory_that_a_host_does_not_see_is_named(tmp_path, monkeypatch, index, message):
+    """Though there is a copy of the run under that name, on a disk of its own."""
+    run = RunDirectory.create(tmp_path / "run", Config())
+    before = set(run.path.iterdir())
     monkeypatch.setattr(loop, "_SECONDS_TO_BE_SEEN", 0.0)
-    monkeypatch.setattr(hosts, "all_agree", lambda good: good and others_see_it)
+    for name, value in {"count": lambda: 2, "index": lambda: index, "agreed": lambda value: value}.items():
+        monkeypatch.setattr(hosts, name, value)
+    monkeypatch.setattr(hosts, "first_does", lambda work: work() if index == 0 else None)
+    monkeypatch.setattr(hosts, "all_agree", lambda good: good and index != 0)
     with pytest.raises(InputError, match=message):
-        loop._refuse_unshared(RunDirectory(tmp_path / name))
+        loop._refuse_unshared(run)
+    assert set(run.path.iterdir()) == before
 
 
 def test_a_beam_of_validation_that_is_too_large_is_named(tiny_config, tmp_path):

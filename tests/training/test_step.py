@@ -172,6 +172,22 @@ def test_adafactor_over_split_devices_equals_one_device():
             assert np.mean(close) > 0.999, jax.tree_util.keystr(path)
 
 
+def test_each_step_and_each_seed_drops_others():
+    trainer, losses = whole(), []
+    for step in (3, 4, 3):
+        state = initial(trainer)
+        state = state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
+        losses.append(float(steps(trainer, [packed(1)], state)[1][0]["loss"]))
+    assert losses[0] == losses[2] and abs(losses[0] - losses[1]) > 1e-4
+
+    def program(seed: int) -> str:
+        other = trainer_of(MeshConfig(data=1), seed=seed)
+        with jax.set_mesh(other.mesh):
+            return other.train_step.lower(other.abstract_state, other.abstract_batch()).as_text()
+
+    assert program(0) == program(0) != program(1)
+
+
 def test_a_batch_that_is_not_finite_touches_nothing_but_the_counters():
     trainer = averaging()
     state, _ = steps(trainer, [packed(1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import math
 import threading
@@ -28,7 +29,15 @@ _log = logging.getLogger(__name__)
 _REMOVING = "removing-"
 _DAMAGED = "damaged"
 _NO_SPACE = ("no space left", "disk quota exceeded", "file too large")  # TensorStore's errors carry no errno
+_SEEN_WITHIN = 60.0  # seconds that a network disk may take to show a directory to other hosts
 _SHARES_WITHIN = 1200  # seconds that the other hosts have for their hashes
+
+
+def _wait_until_seen(directory: AnyPath) -> None:
+    """Returns once this host sees what the first has renamed; what is not there to be read is somebody else's error."""
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not directory.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 class Checkpointer(CheckpointReader):
@@ -161,6 +170,7 @@ class Checkpointer(CheckpointReader):
             share = None
             try:
                 response.result()
+                _wait_until_seen(directory)
                 share = manifests.hash_share(directory, hosts.index(), hosts.count())
             finally:
                 if not hosts.is_first() and directory.exists():
@@ -206,14 +216,17 @@ class Checkpointer(CheckpointReader):
                 "the same command again"
             )
         if number is not None:
+            first = "make the directory writable and " if number in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
             return InputError(
-                f"{self.run.path}: step {step} cannot be saved ({what}); {left}: make the directory writable and run "
-                "the same command again"
+                f"{self.run.path}: step {step} cannot be saved ({what}); {left}: {first}run the same command again"
             )
         return RuntimeError(f"{self.run.path}: saving step {step} failed ({what}); {left}")
 
     def _read_finished(self) -> dict[int, Manifest]:
-        return {step: found for step, found in self._known().items() if isinstance(found, Manifest)}
+        """As the first host sees them, on each: a network disk may show others for a while what it has moved."""
+        mine = [found for found in self._known().values() if isinstance(found, Manifest)]
+        agreed = hosts.agreed([dataclasses.asdict(found) for found in mine])
+        return {fields["step"]: Manifest(**fields) for fields in agreed}
 
     def _unfinished(self) -> set[int]:
         """Steps without a manifest: being saved, or not saved to the end."""

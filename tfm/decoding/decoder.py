@@ -125,6 +125,11 @@ class Decoder:
         self._parameters = None  # before there are new ones: two copies may be too many
         self._parameters = self._lay_out(parameters)
 
+    def abstract_parameters(self) -> tuple[Any, ...]:
+        """Shapes of what `set_parameters` makes of the parameters of each model, and where they lie."""
+        trees = tuple(sharding.unboxed(abstract_parameters(model)) for model in self.models)
+        return sharding.placed(jax.eval_shape(self._laid_out, trees), self._shardings)
+
     def drop_parameters(self) -> None:
         """Gives back the memory of the parameters that were taken over."""
         self._parameters = None

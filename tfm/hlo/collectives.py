@@ -65,9 +65,7 @@ def collectives_of(program: Program, devices: int) -> list[Collective]:
         size = float(computation.operand_bytes(instruction))
         if kind == "all-gather":
             size *= len(group)
-        if kind == "all-reduce" and "reduce-scatter" in computation.name.replace(
-            "all-reduce-scatter", "reduce-scatter"
-        ):
+        if kind == "all-reduce" and "reduce-scatter" in computation.name:
             kind = "reduce-scatter"
         found.append(Collective(kind, times, size, group))
     return found

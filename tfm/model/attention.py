@@ -74,7 +74,7 @@ def dot_product_attention(
 ) -> jax.Array:
     """softmax(Q Kᵀ / √d_k) V, equation 1, the softmax in float32. `v` may have another head width. [B, T, H, K_v]."""
     weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask_BTS)
-    weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key, site).astype(v_BSHK.dtype)
+    weights_BHTS = dropout(weights_BHTS.astype(v_BSHK.dtype), dropout_rate, dropout_key, site)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK, precision=matmul_precision(q_BTHK.dtype))
 
 

@@ -20,7 +20,7 @@ from tfm.hlo.costs import bytes_accessed, copied_bytes_by_xla, flops
 from tfm.hlo.program import Program
 from tfm.model import transformer
 from tfm.model.dropout import dropout_key
-from tfm.model.transformer import DecodeCache, Transformer, abstract_parameters, compute_dtype
+from tfm.model.transformer import DecodeCache, Transformer, compute_dtype
 from tfm.training.step import Trainer
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
@@ -58,7 +58,7 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-    """One step of a search over the largest bucket's rows."""
+    """One step of a search in the bucket that takes most memory."""
 
     bucket: Bucket
     beams: int
@@ -100,16 +100,14 @@ def activation_bytes(trainer: Trainer) -> float:
 
 def compile_decode_step(config: Config, mesh: Mesh) -> DecodeStep:
     """Compiles one step of a search, up to the likeliest token of each beam. Raises OutOfMemory."""
-    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
-    model = Transformer(config.model, config.data.vocab_size, dtype)
-    bucket = Decoder([model], mesh, config.decoding, ()).buckets[-1]
-    beams = config.decoding.n_best if config.decoding.sampling else config.decoding.beam_size
-    boxed = abstract_parameters(model)
-    where = sharding.decode_shardings(mesh, sharding.logical_axes(transformer.unstack_axes(boxed)))
-    unstacked = jax.eval_shape(transformer.unstack, sharding.unboxed(boxed))
-    parameters = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), unstacked, where
+    model = Transformer(
+        config.model, config.data.vocab_size, compute_dtype(config.model, mesh.devices.flat[0].platform)
     )
+    decoder = Decoder([model], mesh, config.decoding, ())
+    beams = config.decoding.n_best if config.decoding.sampling else config.decoding.beam_size
+    # The short ones: their rows are as many more as they are shorter, and each has room for the same further tokens.
+    bucket = max(decoder.buckets, key=lambda bucket: bucket.rows * _bytes_of_a_row(model, bucket, beams))
+    (parameters,) = decoder.abstract_parameters()
     source_BS = jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32)
     mask_BS = jax.ShapeDtypeStruct(source_BS.shape, bool)
 
@@ -135,6 +133,13 @@ def compile_decode_step(config: Config, mesh: Mesh) -> DecodeStep:
         program = jax.jit(sharding.per_device(step, mesh), donate_argnums=1)
         compiled = _compiled(program.lower((parameters, position), (cache, tokens_BW)), mesh.size)
     return DecodeStep(bucket, beams, bytes_on_a_device(parameters), bytes_on_a_device(cache), compiled)
+
+
+def _bytes_of_a_row(model: Transformer, bucket: Bucket, beams: int) -> float:
+    """Of the cache of a sentence, and of the logits of its beams."""
+    c = model.config
+    cached = (bucket.length + beams * bucket.room) * c.decoder_layers * c.num_heads * (c.key_width + c.value_width)
+    return cached * model.dtype.itemsize + beams * model.vocab_size * 4.0
 
 
 def bytes_on_a_device(placed: Any) -> float:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from typing import Any
@@ -64,17 +65,27 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
 
 
 def _refuse_unshared(run: RunDirectory) -> None:
-    """Raises InputError on each host where one of them doesn't see what the first one made: no save would ever end."""
-    first = hosts.agreed(str(run.path))
+    """Raises InputError on each host where one of them doesn't see what the first one made: no save would ever end.
+
+    What it made is a file of a new name, so that a copy of the run on a host's own disk is told from the run.
+    """
+    if hosts.count() == 1:
+        return
+    first, name = hosts.agreed((str(run.path), f".seen-by-all-{uuid.uuid4().hex}"))
+    mark = run.path / name
+    hosts.first_does(lambda: mark.write_bytes(b""))
     is_named_alike, deadline = str(run.path) == first, time.monotonic() + _SECONDS_TO_BE_SEEN
-    while is_named_alike and not run.exists() and time.monotonic() < deadline:
+    while is_named_alike and not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    is_seen = is_named_alike and run.exists()
-    if hosts.all_agree(is_seen):
+    is_seen = is_named_alike and mark.exists()
+    is_shared = hosts.all_agree(is_seen)
+    if hosts.is_first():
+        mark.unlink()
+    if is_shared:
         return
     if is_seen:
         raise InputError(f"{run.path}: another host does not see it: give all of them one directory that they share")
-    differs = "holds no config.json here, and does on host 0" if is_named_alike else f"is {first} on host 0"
+    differs = "is another directory than host 0 has under that name" if is_named_alike else f"is {first} on host 0"
     raise InputError(f"--workdir={run.path}: {differs}: give all hosts one directory that they share")
 
 
