@@ -63,10 +63,11 @@ _LONGEST = (
     "training/test_step.py",
     "benchmarking/test_sweep.py",
     "training/test_loop.py",
+    "training/test_loop_starts.py",
     "benchmarking/test_train.py",
     "commands/test_translate.py",
     "test_end_to_end.py",
-    "decoding/test_translator.py",
+    "decoding/test_translator_model.py",
 )
 _WORDS = ("red", "blue", "green", "gold", "black", "white")
 
