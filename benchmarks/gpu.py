@@ -180,7 +180,7 @@ def decode(stage: Stage) -> None:
     more = (
         ("--lines=8", "--rows", "8")
         if stage.small
-        else ("--config=base", "--device=gpu", "--beams", "4", "--rows", "128", "512", "1000")
+        else ("--config=base", "--device=gpu", "--beams", "4", "--rows", "250", "500", "1000")
     )
     stage.python(BENCHMARKS / "decoding.py", *more, "--without", "ctranslate2", "--rounds=3", f"--json={stage.file}")
 

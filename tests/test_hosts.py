@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -150,6 +151,13 @@ def test_the_hash_of_other_code_is_another(tmp_path, monkeypatch):
     with open(package / "model" / "layers.py", "ab") as file:
         file.write(b"#")
     assert hosts.code_hash() != mine
+
+
+def test_what_a_network_disk_shows_later_is_waited_for_and_not_for_ever(tmp_path, monkeypatch):
+    threading.Timer(0.2, (tmp_path / "3").mkdir).start()
+    assert hosts.wait_until((tmp_path / "3").exists)
+    monkeypatch.setattr(hosts, "_SEEN_WITHIN", 0.0)
+    assert not hosts.wait_until((tmp_path / "4").exists)
 
 
 def test_what_a_host_has_not_said_yet_is_asked_for_again_and_an_error_is_one(monkeypatch):

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _LAST_WORDS = 5.0  # seconds that the first host, failing, leaves the others: with it, JAX ends them at once
 _LONGER = 10  # seconds that JAX would wait for the others after this module has given up
+_SEEN_WITHIN = 60.0  # seconds
 _WAIT_MILLISECONDS = 30_000  # of one request; there is another after it, for as long as the hosts live
 # Of `agreed` and `all_agree`, which give each a name of its own: all hosts make the same calls in the same order.
 _calls = itertools.count()
@@ -339,6 +340,14 @@ def all_agree(good: bool) -> bool:
     key = f"tfm/met/{next(_calls)}"
     _client().key_value_set(f"{key}/{index()}", json.dumps(good))
     return all([json.loads(_get(f"{key}/{other}")) for other in range(count())])
+
+
+def wait_until(seen: Callable[[], bool]) -> bool:
+    """Whether this host sees it, be it after a minute: a network disk shows some hosts later what another has made."""
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not (is_seen := seen()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return is_seen
 
 
 def heed_sigterm() -> None:

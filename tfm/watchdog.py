@@ -26,8 +26,8 @@ class Watchdog:
             "saving": config.save_timeout,
         }
         # When the first host ends, JAX ends the others at once, before they could say where they were. And when they
-        # have ended, JAX ends the first for want of their heartbeats, before it could.
-        extra = max(1, min(max(5, config.step_timeout // 10), config.heartbeat_timeout // 2)) if hosts.is_first() else 0
+        # have ended, JAX ends the first for want of their heartbeats, the last of which may be half the time-out old.
+        extra = max(1, min(max(5, config.step_timeout // 10), config.heartbeat_timeout // 3)) if hosts.is_first() else 0
         self._limits = {work: limit and limit + extra for work, limit in limits.items()} if hosts.count() > 1 else {}
 
     def __enter__(self) -> Watchdog:

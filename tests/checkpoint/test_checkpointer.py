@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -17,7 +16,6 @@ import pytest
 from tests.checkpoint.states import abstract, assert_same, flip_bit, small_state
 from tfm import hosts
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory
-from tfm.checkpoint import checkpointer as module
 from tfm.config import InputError
 
 
@@ -63,12 +61,6 @@ def test_of_checkpoints_that_hosts_see_differently_those_of_the_first_count(run,
     with Checkpointer(run) as checkpointer:
         assert [*checkpointer._finished] == [1]
         assert checkpointer._finished[1] == CheckpointReader(run)._known()[1]
-
-
-def test_a_host_waits_until_it_sees_what_the_first_has_renamed(tmp_path):
-    threading.Timer(0.2, (tmp_path / "3").mkdir).start()
-    module._wait_until_seen(tmp_path / "3")
-    assert (tmp_path / "3").exists()
 
 
 @pytest.mark.parametrize(("number", "advice"), [(errno.EACCES, "make the directory writable and "), (errno.EIO, "")])

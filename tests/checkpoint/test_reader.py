@@ -1,6 +1,7 @@
 """Restoring: the newest step that is whole, the one asked for, parameters alone and their mean; and what is refused."""
 
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.checkpoint.states import abstract, assert_same, cut_short, flip_bit, listing, small_state
+from tfm import hosts
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, storage
 from tfm.config import InputError
 
@@ -16,6 +18,19 @@ from tfm.config import InputError
 def test_metadata_and_metric_come_back(copy):
     restored = CheckpointReader(copy).restore(abstract(small_state(0)))
     assert (restored.step, restored.metadata, restored.metric) == (3, {"corpus": "abc"}, -3.0)
+
+
+@pytest.mark.parametrize("late", ["manifest.json", "parameters"])
+def test_a_host_to_which_the_disk_shows_the_newest_step_late_waits_for_it(copy, monkeypatch, late):
+    directory = copy.checkpoints_path / "3"
+    (directory / late).rename(directory / f"{late}.not-shown")
+    monkeypatch.setattr(hosts, "agreed", lambda value: [3, 2, 1] if isinstance(value, list) else True)
+    timer = threading.Timer(0.3, lambda: (directory / f"{late}.not-shown").rename(directory / late))
+    timer.start()
+    assert CheckpointReader(copy).restore(abstract(small_state(0))).step == 3
+    flip_bit(directory)
+    monkeypatch.setattr(hosts, "wait_until", lambda seen: pytest.fail("waits for what will not be otherwise"))
+    assert CheckpointReader(copy).restore(abstract(small_state(0))).step == 2
 
 
 def test_a_new_run_has_nothing_to_restore(run):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tfm.decoding import windows as module
 from tfm.decoding.windows import Windows
 
 
@@ -35,6 +36,17 @@ def test_what_is_there_is_given_and_the_rest_is_waited_for_only_if_asked():
     go_on.set()
     assert windows.take(wait=True) == [3]
     assert windows.take(wait=True) == [] and windows.ended
+
+
+def test_a_large_window_may_take_as_much_longer_to_fill(monkeypatch):
+    monkeypatch.setattr(module, "_LINES", 10)
+
+    def steady():
+        for number in range(200):
+            time.sleep(0.005)
+            yield number
+
+    assert len(Windows(steady(), 500, patience=0.5).take(wait=True)) == 200  # in a second
 
 
 def test_an_error_waits_for_those_who_wait():

@@ -70,13 +70,17 @@ def test_the_decode_step_has_no_collective_without_tensor(tiny_config):
     assert step.compiled.counts.flops > 0
 
 
-def test_the_decode_step_is_that_of_the_bucket_that_takes_most_memory(tiny_config):
-    config = tiny_config({"decoding.max_source_length": 64, "decoding.max_extra_tokens": 40})
+@pytest.mark.parametrize(("extra", "is_long"), [(40, False), (400, True)])
+def test_the_decode_step_is_that_of_the_bucket_that_takes_most_memory(tiny_config, extra, is_long):
+    config = tiny_config({"decoding.max_source_length": 64, "decoding.max_extra_tokens": extra})
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     step = compile_decode_step(config, mesh)
     model = Transformer(config.model, config.data.vocab_size)
-    buckets = Decoder([model], mesh, config.decoding, ()).buckets
-    needed = {}
+    decoder, needed = Decoder([model], mesh, config.decoding, ()), {}
+    if is_long:
+        assert step.bucket == decoder.long_buckets[0]
+        return
+    buckets = decoder.buckets
     for bucket in buckets:
         only = dataclasses.replace(config.decoding, max_source_length=bucket.length)
         only = dataclasses.replace(only, tokens_per_batch=bucket.rows * bucket.length, sentences_per_batch=bucket.rows)

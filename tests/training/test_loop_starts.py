@@ -136,7 +136,7 @@ def test_a_run_directory_that_a_host_does_not_see_is_named(tmp_path, monkeypatch
     """Though there is a copy of the run under that name, on a disk of its own."""
     run = RunDirectory.create(tmp_path / "run", Config())
     before = set(run.path.iterdir())
-    monkeypatch.setattr(loop, "_SECONDS_TO_BE_SEEN", 0.0)
+    monkeypatch.setattr(hosts, "_SEEN_WITHIN", 0.0)
     for name, value in {"count": lambda: 2, "index": lambda: index, "agreed": lambda value: value}.items():
         monkeypatch.setattr(hosts, name, value)
     monkeypatch.setattr(hosts, "first_does", lambda work: work() if index == 0 else None)

@@ -204,8 +204,8 @@ def _timed(full: Callable[[], Any], empty: Callable[[], Any], timing: DecodeTimi
 def _counted_flops(decoder: Decoder, bucket: Bucket, beams: int, steps: int) -> float | None:
     """FLOPs that XLA counts in the prefill and in so many steps of the model, for all rows; None where it cannot.
 
-    The two are lowered by themselves, since in a search XLA counts the body of the loop once; the choice of tokens is
-    left out.
+    Both and the first step are lowered by themselves, since in a search XLA counts the body of the loop once; the
+    choice of tokens is left out.
     """
     model = decoder.models[0]
     abstract = jax.eval_shape(

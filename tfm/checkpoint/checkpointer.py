@@ -29,15 +29,7 @@ _log = logging.getLogger(__name__)
 _REMOVING = "removing-"
 _DAMAGED = "damaged"
 _NO_SPACE = ("no space left", "disk quota exceeded", "file too large")  # TensorStore's errors carry no errno
-_SEEN_WITHIN = 60.0  # seconds that a network disk may take to show a directory to other hosts
 _SHARES_WITHIN = 1200  # seconds that the other hosts have for their hashes
-
-
-def _wait_until_seen(directory: AnyPath) -> None:
-    """Returns once this host sees what the first has renamed; what is not there to be read is somebody else's error."""
-    deadline = time.monotonic() + _SEEN_WITHIN
-    while not directory.exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
 
 
 class Checkpointer(CheckpointReader):
@@ -170,7 +162,7 @@ class Checkpointer(CheckpointReader):
             share = None
             try:
                 response.result()
-                _wait_until_seen(directory)
+                hosts.wait_until(directory.exists)
                 share = manifests.hash_share(directory, hosts.index(), hosts.count())
             finally:
                 if not hosts.is_first() and directory.exists():
@@ -224,7 +216,8 @@ class Checkpointer(CheckpointReader):
 
     def _read_finished(self) -> dict[int, Manifest]:
         """As the first host sees them, on each: a network disk may show others for a while what it has moved."""
-        mine = [found for found in self._known().values() if isinstance(found, Manifest)]
+        known = self._known().values() if hosts.is_first() else ()
+        mine = [found for found in known if isinstance(found, Manifest)]
         agreed = hosts.agreed([dataclasses.asdict(found) for found in mine])
         return {fields["step"]: Manifest(**fields) for fields in agreed}
 

@@ -32,6 +32,10 @@ class Damaged(Exception):
     """A checkpoint is not what was written; the message names the files and what is wrong with each."""
 
 
+class Changed(Damaged):
+    """All files are there, and one has other bytes."""
+
+
 class Unfinished(Exception):
     """A directory without a manifest: the save was interrupted, or the manifest is gone."""
 
@@ -170,10 +174,15 @@ def verify(directory: AnyPath, manifest: Manifest, index: int = 0, count: int = 
         except OSError as error:
             raise Damaged(f"{error.filename} cannot be read ({error.strerror})") from error
         changed = [name for name in hashes if hashes[name] != manifest.files[name]]
-        problems = [f"{name} has other content than was written" for name in changed]
+        if changed:
+            raise Changed(_of_some([f"{name} has other content than was written" for name in changed]))
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise Damaged("; ".join(problems[:3]) + more)
+        raise Damaged(_of_some(problems))
+
+
+def _of_some(problems: list[str]) -> str:
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
 
 
 def hash_share(directory: AnyPath, index: int, count: int) -> FileHashes:

@@ -76,7 +76,7 @@ class CheckpointReader:
         damaged: dict[int, str] = {}
         chosen: list[Manifest] = []
         mean, parameters = storage.Mean(), None
-        for manifest in self._verified(known, order, damaged):
+        for manifest in self._verified(order, damaged):
             entry = "ema" if any(name.startswith("ema/") for name in manifest.arrays) else "parameters"
             parameters = self._load(manifest, {entry: abstract_parameters})[entry]
             chosen.append(manifest)
@@ -109,6 +109,17 @@ class CheckpointReader:
             return best_first
         return best_first + [step for step in newest_first if step not in best_first]
 
+    def _examined(self, step: int) -> Manifest | Damaged:
+        """The manifest of a step, all of whose files and this host's share of whose bytes are as it says."""
+        try:
+            manifest = manifests.read(self._directory(step))
+            manifests.verify(self._directory(step), manifest, hosts.index(), hosts.count())
+        except Unfinished:
+            return Damaged("this host does not see it")
+        except Damaged as error:
+            return error
+        return manifest
+
     def _settle(self) -> None:
         """Called before anything is read; whoever also saves waits here."""
 
@@ -131,20 +142,18 @@ class CheckpointReader:
                 self._warn_once(f"{self._directory(step)}: unfinished ({error}), passed over")
         return found
 
-    def _verified(self, known: Known, order: list[int], damaged: dict[int, str]) -> Iterator[Manifest]:
+    def _verified(self, order: list[int], damaged: dict[int, str]) -> Iterator[Manifest]:
         """Of the steps in `order`, those that are as written; the others go to `damaged`, with what is wrong."""
         tokenizer = self.run.tokenizer_sha256()
         for step in hosts.agreed(order):
-            manifest = known.get(step, Damaged("this host does not see it"))
-            try:
-                if isinstance(manifest, Damaged):
-                    raise manifest
-                manifests.verify(self._directory(step), manifest, hosts.index(), hosts.count())
-                problem = None
-            except Damaged as error:
-                problem = str(error)
-            if not hosts.all_agree(problem is None):
-                damaged[step] = problem or "another host found it damaged"
+            manifest = self._examined(step)
+            if hosts.agreed(isinstance(manifest, Manifest)) and type(manifest) is Damaged:
+                # The first host sees all of it.
+                hosts.wait_until(lambda step=step: type(self._examined(step)) is not Damaged)
+                manifest = self._examined(step)
+            if not hosts.all_agree(isinstance(manifest, Manifest)):
+                other = isinstance(manifest, Manifest)
+                damaged[step] = "another host found it damaged" if other else str(manifest)
                 self._warn_once(f"{self._directory(step)}: damaged, not used: {damaged[step]}")
                 continue
             if manifest.tokenizer_sha256 not in (None, tokenizer):
@@ -162,7 +171,7 @@ class CheckpointReader:
         if step is not None:
             self._refuse_unknown(step, known)
         order = sorted(known, reverse=True) if step is None else [step]
-        for manifest in self._verified(known, order, damaged):
+        for manifest in self._verified(order, damaged):
             state = self._load(manifest, abstract_state, whole=True)
             return Restored(manifest.step, state, manifest.metadata, manifest.metric, (manifest.step,)), damaged
         return None, damaged

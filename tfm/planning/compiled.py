@@ -105,8 +105,11 @@ def compile_decode_step(config: Config, mesh: Mesh) -> DecodeStep:
     )
     decoder = Decoder([model], mesh, config.decoding, ())
     beams = config.decoding.n_best if config.decoding.sampling else config.decoding.beam_size
-    # The short ones: their rows are as many more as they are shorter, and each has room for the same further tokens.
-    bucket = max(decoder.buckets, key=lambda bucket: bucket.rows * _bytes_of_a_row(model, bucket, beams))
+    # A short one mostly: it has as many more rows as it is shorter, and each has room for some further tokens as well.
+    bucket = max(
+        [*decoder.buckets, *decoder.long_buckets],
+        key=lambda bucket: bucket.rows * _bytes_of_a_row(model, bucket, beams),
+    )
     (parameters,) = decoder.abstract_parameters()
     source_BS = jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32)
     mask_BS = jax.ShapeDtypeStruct(source_BS.shape, bool)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import jax
 
 from tfm import device_memory, hosts, sharding
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory, truncate_metrics
+from tfm.checkpoint.run_directory import unwritable
 from tfm.config import Config, InputError
 from tfm.data.batches import Batch, TrainBatches, validation_batches
 from tfm.data.store import TokenStore, open_store, prepare, store_directory
@@ -42,7 +42,6 @@ _VALIDATING = (
     "raise training.gradient_accumulation, or take the longest pairs out of data.validation_split and start in a new "
     "--workdir",
 )
-_SECONDS_TO_BE_SEEN = 30.0  # that a network disk may take to show a file to other hosts
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> int:
@@ -72,15 +71,17 @@ def _refuse_unshared(run: RunDirectory) -> None:
     if hosts.count() == 1:
         return
     first, name = hosts.agreed((str(run.path), f".seen-by-all-{uuid.uuid4().hex}"))
-    mark = run.path / name
-    hosts.first_does(lambda: mark.write_bytes(b""))
-    is_named_alike, deadline = str(run.path) == first, time.monotonic() + _SECONDS_TO_BE_SEEN
-    while is_named_alike and not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    is_seen = is_named_alike and mark.exists()
-    is_shared = hosts.all_agree(is_seen)
-    if hosts.is_first():
-        mark.unlink()
+    is_named_alike, mark = str(run.path) == first, run.path / name
+    try:
+        hosts.first_does(lambda: mark.write_bytes(b""))
+        is_seen = is_named_alike and hosts.wait_until(mark.exists)
+        is_shared = hosts.all_agree(is_seen)
+    except OSError as error:
+        raise unwritable(run.path, error) from error
+    finally:
+        if hosts.is_first():
+            with suppress(OSError):
+                mark.unlink(missing_ok=True)
     if is_shared:
         return
     if is_seen:
@@ -297,7 +298,7 @@ def _run_to_start_from(config: Config, run: RunDirectory) -> RunDirectory | None
     path = config.training.initialize_from
     if path is None:
         return None
-    if CheckpointReader(run).steps():
+    if hosts.agreed(bool(CheckpointReader(run).steps())):
         return None
     initial = RunDirectory.open(path)
     if not CheckpointReader(initial).steps():  # said before a corpus is prepared for hours
