@@ -108,9 +108,12 @@ def train(stage: Stage) -> None:
 
 
 def predict(stage: Stage) -> None:
+    measured = stage.out / "train.json"
+    if not measured.exists():
+        raise SystemExit(f"{measured} is not there: what is predicted is the step of the stage `train`, run that too")
     # By itself in a process: two that hold the memory of one device are in each other's way.
     more = ["--small"] * stage.small
-    stage.python(__file__, "--predict-from", stage.out / "train.json", *more, stage.file)
+    stage.python(__file__, "--predict-from", measured, *more, stage.file)
 
 
 def predicted(measured: Path, small: bool, file: Path) -> None:
