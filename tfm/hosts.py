@@ -342,12 +342,12 @@ def all_agree(good: bool) -> bool:
     return all([json.loads(_get(f"{key}/{other}")) for other in range(count())])
 
 
-def wait_until(seen: Callable[[], bool]) -> bool:
-    """Whether this host sees it, be it after a minute: a network disk shows some hosts later what another has made."""
+def wait_until(look: Callable[[], T]) -> T:
+    """What a look gives, once that is true or a minute is over: a network disk shows some hosts later what one made."""
     deadline = time.monotonic() + _SEEN_WITHIN
-    while not (is_seen := seen()) and time.monotonic() < deadline:
+    while not (seen := look()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return is_seen
+    return seen
 
 
 def heed_sigterm() -> None:

@@ -120,6 +120,10 @@ class CheckpointReader:
             return error
         return manifest
 
+    def _shown(self, step: int) -> Manifest | Damaged | None:
+        """What `_examined` says once all files are there."""
+        return None if type(found := self._examined(step)) is Damaged else found
+
     def _settle(self) -> None:
         """Called before anything is read; whoever also saves waits here."""
 
@@ -148,9 +152,8 @@ class CheckpointReader:
         for step in hosts.agreed(order):
             manifest = self._examined(step)
             if hosts.agreed(isinstance(manifest, Manifest)) and type(manifest) is Damaged:
-                # The first host sees all of it.
-                hosts.wait_until(lambda step=step: type(self._examined(step)) is not Damaged)
-                manifest = self._examined(step)
+                # The first host sees all of it, and so will this one. Other bytes in it are no matter of time.
+                manifest = hosts.wait_until(lambda step=step: self._shown(step)) or manifest
             if not hosts.all_agree(isinstance(manifest, Manifest)):
                 other = isinstance(manifest, Manifest)
                 damaged[step] = "another host found it damaged" if other else str(manifest)

@@ -69,7 +69,7 @@ def beam_search(
 
     Args:
       step_fn: tokens [B, W] and the cache to logits [B, W, V] of the next token and the cache; at first, of one beam.
-      cache: of the step function.
+      cache: of the step function; what it remembers of the first step's one beam, `reorder` gives to all.
       limits: of each sentence.
       beams: living hypotheses W a sentence.
       n_best: complete hypotheses R that are kept, the result's W.
