@@ -140,8 +140,8 @@ class DataConfig:
 class OptimizerConfig:
     """The update rule and its schedule; the defaults are the paper's (section 5.3)."""
 
-    name: Literal["adam", "adamw", "adafactor"] = "adam"
-    """Update rule."""
+    name: Literal["adam", "adamw", "adafactor", "muon"] = "adam"
+    """Update rule. Muon's is for the layers' matrices, Adam's for the rest, with rates and decay that suit adamw."""
     schedule: Literal["inverse_sqrt", "cosine", "wsd"] = "inverse_sqrt"
     """Learning rate after warm-up: the paper's, a cosine to the end of the run, or constant with a linear decay."""
     learning_rate: float | None = _at_least(0, None)
@@ -159,7 +159,7 @@ class OptimizerConfig:
     epsilon: float = _at_least(1e-30, 1e-9)
     """Added to Adam's denominator."""
     weight_decay: float = _at_least(0, 0.0)
-    """Decoupled weight decay of matrices (adamw and adafactor), per unit of learning rate."""
+    """Decoupled weight decay of matrices (all but adam), per unit of learning rate."""
     clip_norm: float = _at_least(0, 0.0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     ema_decay: float = _share(0.0)

@@ -55,9 +55,9 @@ AXES = {
 SHAPES = {"stack": (3, 128, 160), "bias": (3, 160), "table": (256, 128), "scale": (128,)}
 
 
-def tree(seed):
+def tree(seed, shapes=SHAPES):
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def updates(rule, parameters, gradients):
@@ -100,7 +100,46 @@ def test_adafactor_takes_each_layer_by_itself():
     assert {(3, 128), (3, 160)} <= kept and SHAPES["stack"] not in kept and SHAPES["table"] not in kept
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def orthogonalised(matrix):
+    """Five steps of Newton and Schulz towards the nearest matrix with orthonormal rows or columns, in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_muon_makes_one_matrix_of_each_layer_s_kernel():
+    axes = {"query": ("layers", "embed", "heads", "kv"), "out": ("layers", "heads", "kv", "embed"), **AXES}
+    shapes = {"query": (3, 32, 4, 6), "out": (3, 4, 6, 32), **SHAPES}
+    matrices = {"query": (32, 24), "out": (24, 32), "stack": (128, 160)}  # heads and their width are one side
+    gradients = [tree(seed, shapes) for seed in range(1, 4)]
+    for gradient in gradients:
+        gradient["stack"] *= np.array([1e-3, 1, 1e3], np.float32)[:, None, None]
+    parameters = tree(0, shapes)
+    found, state = updates(make_optimizer(OptimizerConfig(name="muon"), axes), parameters, gradients)
+    for name, shape in matrices.items():
+        momentum = 0.0
+        for step, (gradient, update) in enumerate(zip(gradients, found, strict=True), start=1):
+            g = gradient[name].astype(np.float64)
+            momentum = 0.95 * momentum + 0.05 * g
+            ahead = 0.95 * momentum / (1 - 0.95 ** (step + 1)) + 0.05 * g / (1 - 0.95**step)
+            for layer in range(3):
+                expected = 0.2 * max(shape) ** 0.5 * orthogonalised(ahead[layer].reshape(shape))
+                np.testing.assert_allclose(update[name][layer].reshape(shape), expected, rtol=1e-3, atol=1e-3)
+
+    def rest(tree):
+        return {name: tree[name] for name in ("bias", "table", "scale")}
+
+    adam = optax.scale_by_adam(0.9, 0.98, 1e-9, nesterov=True)
+    expected, _ = updates(adam, rest(parameters), [rest(gradient) for gradient in gradients])
+    for mine, theirs in zip(found, expected, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), rest(mine), theirs)
+    # One moment for kernels, two for the rest.
+    assert [leaf.shape for leaf in jax.tree.leaves(state)].count(SHAPES["stack"]) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_weight_decay_is_for_matrices(name):
     model = ModelConfig(d_model=8, d_ff=16, num_heads=2, encoder_layers=2, decoder_layers=2, norm="pre")
     boxed = abstract_parameters(Transformer(model, 20))

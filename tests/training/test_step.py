@@ -154,8 +154,9 @@ def test_accumulation_over_split_devices_equals_one_device():
     assert_close(trainer_of(MeshConfig(data=2, fsdp=2, tensor=2), gradient_accumulation=4), whole())
 
 
-def test_adafactor_over_split_devices_equals_one_device():
-    optimizer = OptimizerConfig(name="adafactor", learning_rate=1e-3, warmup_steps=2, weight_decay=0.01)
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_rules_for_matrices_over_split_devices_equal_one_device(name):
+    optimizer = OptimizerConfig(name=name, learning_rate=1e-3, warmup_steps=2, weight_decay=0.01)
     # Wide enough for factored statistics, whose shardings lack an axis.
     model = dataclasses.replace(MODEL, d_model=128, d_ff=128, num_heads=2, encoder_layers=1, decoder_layers=2)
     split, reference = (
@@ -167,7 +168,7 @@ def test_adafactor_over_split_devices_equals_one_device():
     for entry in ("parameters", "optimizer"):
         leaves = jax.tree.leaves(getattr(mine, entry)), jax.tree_util.tree_leaves_with_path(getattr(theirs, entry))
         for one, (path, other) in zip(*leaves, strict=True):
-            # Its update is a sign nearly everywhere; a gradient of about nothing has none to speak of.
+            # An update is a sign nearly everywhere; a gradient of about nothing has none to speak of.
             close = np.isclose(one, other, rtol=1e-3, atol=1e-5)
             assert np.mean(close) > 0.999, jax.tree_util.keystr(path)
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from tfm.config import Config, OptimizerConfig
-from tfm.sharding import is_axes
+from tfm.sharding import LogicalAxes, is_axes
 
 Schedule = Callable[[jax.Array], jax.Array]
+
+# Root mean square of Muon's updates: what Adam's have, so that rates and weight decay carry over (Liu et al., 2025).
+_ADAM_RMS = 0.2
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -55,11 +58,35 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
     if config.name == "adafactor":
         factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         chain.append(_by_layer(factored, axes))
+    elif config.name == "muon":
+        dimensions = jax.tree.map(_muon_dimensions, axes, is_leaf=is_axes)
+        chain.append(
+            optax.contrib.muon(
+                -1.0,  # the step subtracts, and multiplies the rate in
+                eps=config.epsilon,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                muon_weight_dimension_numbers=dimensions,
+                consistent_rms=_ADAM_RMS,
+            )
+        )
     else:
         chain.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
     return optax.chain(*chain)
+
+
+def _muon_dimensions(names: LogicalAxes) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a kernel are one side of a matrix and which the other, `layers` being neither.
+
+    None for what Muon is not for: vectors, and the tables of the vocabulary, where a row is a token's own.
+    """
+    embed = [axis for axis, name in enumerate(names) if name == "embed"]
+    others = [axis for axis, name in enumerate(names) if name not in ("embed", "layers")]
+    if not embed or not others or "vocab" in names:
+        return None
+    return optax.contrib.MuonDimensionNumbers(embed, others)
 
 
 def _by_layer(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
