@@ -55,7 +55,7 @@ $(LIBTPU)/.installed: $(STAMP)
 	  print(*(r.partition(";")[0] for r in requires("jax") if r.startswith("libtpu")))' > $(LIBTPU)/requirements.txt
 	@test ! -e $(LIBTPU)/requirements.txt || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --target $(LIBTPU) -r $(LIBTPU)/requirements.txt || echo "no libtpu: tests that compile for TPUs are skipped" >&2
-	@touch $@
+	@test -e $(LIBTPU)/requirements.txt -a ! -d $(LIBTPU)/libtpu || touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -151,19 +151,32 @@ def test_machines_of_gpus_are_no_slices():
     for config in (MeshConfig(), MeshConfig(data=1, fsdp=16, tensor=2)):
         mesh = sharding.make_mesh(config, devices)
         assert [chip.id for chip in mesh.devices.flat] == list(range(32))
-    assert sharding.decoding_mesh(2, devices).devices.shape == (16, 1, 2)
+    assert sharding.decoding_mesh(MeshConfig(tensor=2), devices).devices.shape == (16, 1, 2)
     with pytest.raises(ConfigError, match=r"mesh\.slices=4: the devices are in 1 slices"):
         sharding.make_mesh(MeshConfig(slices=4), devices)
 
 
 def test_decoding_takes_all_slices_and_splits_no_model_over_two(caplog):
     devices = [chip for index in range(2) for chip in chips("TPU v5 lite", (4, 4), index)]
-    mesh = sharding.decoding_mesh(2, devices)
+    mesh = sharding.decoding_mesh(MeshConfig(tensor=2), devices)
     assert mesh.devices.shape == (16, 1, 2)
     assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices[:, 0])
     assert not caplog.messages
-    assert sharding.decoding_mesh(32, devices).devices.shape == (32, 1, 1)
+    assert sharding.decoding_mesh(MeshConfig(tensor=32), devices).devices.shape == (32, 1, 1)
     assert caplog.messages == ["mesh.tensor=32: decodes with 1, since there are 32 devices in 2 slices"]
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "tensor"),
+    [
+        (MeshConfig(data=1, tensor=-1), 8, 8),
+        (MeshConfig(data=2, fsdp=2, tensor=-1), 8, 2),
+        (MeshConfig(data=2, tensor=-1), 1, 1),
+    ],
+)
+def test_decoding_splits_a_model_over_the_rest_of_the_devices_as_training_does(config, count, tensor):
+    mesh = sharding.decoding_mesh(config, jax.devices()[:count])
+    assert mesh.devices.shape == (count // tensor, 1, tensor)
 
 
 def test_without_a_mesh_nothing_is_constrained():
@@ -304,8 +317,9 @@ def batch() -> Batch:
     return Batch(tokens(source), source, positions(source), inputs, outputs, target, positions(target), rows)
 
 
-def loss_and_gradients(mesh: jax.sharding.Mesh, batch: Batch):
+def loss_and_gradients(mesh: jax.sharding.Mesh, batch: Batch, logits_per_chunk: int = 2**22):
     trainer = trainer_of(CONFIG, mesh)
+    trainer.logits_per_chunk = logits_per_chunk
     parameters = jax.jit(lambda: trainer._init().parameters, out_shardings=trainer.state_shardings.parameters)()
     batch_sharding, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     function = jax.jit(
@@ -325,8 +339,8 @@ def on_one_device(batch):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
 def test_every_mesh_has_the_loss_and_the_gradients_of_one_device(mesh, batch, on_one_device, capfd):
-    """Dropout is on at every site: its bits, too, are the same."""
-    gradients, sums = loss_and_gradients(sharding.make_mesh(mesh), batch)
+    """Dropout is on at every site: its bits, too, are the same. So is the loss in as many pieces as there can be."""
+    gradients, sums = loss_and_gradients(sharding.make_mesh(mesh), batch, logits_per_chunk=1)
     expected_gradients, expected = on_one_device
     assert sums.tokens == expected.tokens == 3 * 8 + 5 * 10
     np.testing.assert_allclose(sums, expected, rtol=1e-5)

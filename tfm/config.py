@@ -73,10 +73,10 @@ class ModelConfig:
     """Type of matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
     attention: Literal["auto", "plain"] = "auto"
     """How attention is computed in training; auto is one fused kernel where there is one that can take the sizes: on
-    TPUs of tfm's own (bfloat16, rows of 128 to 512 tokens in steps of 128, d_k and d_v the same, a divisor or a
-    multiple of 128, no attention dropout), on NVIDIA's GPUs from Ampere on cuDNN's (bfloat16, rows of an even length,
-    d_k and d_v the same, up to 128 in steps of 8, no attention dropout, not with training.deterministic). Plain, and
-    elsewhere, it is what XLA makes of the formula."""
+    TPUs of tfm's own (bfloat16, rows of 128 to 512 tokens in steps of 128, d_k and d_v the same, a multiple of 128, or
+    a divisor of it that the heads of a device fill multiples of 128 with, no attention dropout), on NVIDIA's GPUs from
+    Ampere on cuDNN's (bfloat16, rows of an even length, d_k and d_v the same, up to 128 in steps of 8, no attention
+    dropout, not with training.deterministic). Plain, and elsewhere, it is what XLA makes of the formula."""
 
     @property
     def key_width(self) -> int:
@@ -141,7 +141,8 @@ class OptimizerConfig:
     """The update rule and its schedule; the defaults are the paper's (section 5.3)."""
 
     name: Literal["adam", "adamw", "adafactor", "muon"] = "adam"
-    """Update rule. Muon's is for the layers' matrices, Adam's for the rest, with rates and decay that suit adamw."""
+    """Update rule. Muon's is for matrices of layers, and the rest has Adam's with Nesterov's momentum; rates and decay
+    that suit adamw suit it."""
     schedule: Literal["inverse_sqrt", "cosine", "wsd"] = "inverse_sqrt"
     """Learning rate after warm-up: the paper's, a cosine to the end of the run, or constant with a linear decay."""
     learning_rate: float | None = _at_least(0, None)

@@ -98,7 +98,7 @@ def _slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
-def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+def decoding_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of devices, or all, for decoding: the batch over `data`, and `tensor` as given where they allow it, or 1.
 
     For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
@@ -106,9 +106,12 @@ def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     keep_freed_memory()
     devices = jax.devices() if devices is None else devices
     count, slices = len(devices), _slices(devices)
+    tensor = config.tensor
+    if tensor == -1:  # what data and fsdp leave, as in training
+        tensor = count // (config.data * config.fsdp)
     if tensor < 1 or count // slices % tensor:
         each = "" if slices == 1 else f" in {slices} slices"
-        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices%s", tensor, count, each)
+        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices%s", config.tensor, count, each)
         tensor = 1
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor, slices=slices), devices)
 
@@ -225,6 +228,11 @@ def _listed(number: int) -> str:
     """The divisors of a number, as a text."""
     *most, last = [str(size) for size in range(1, number + 1) if number % size == 0]
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def vocabulary_shards(mesh: Mesh) -> int:
+    """Parts that the logits of one token are split into."""
+    return mesh.shape[RULES["activation_vocab"]]
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -36,6 +36,15 @@ def test_translations_on_standard_output_are_all_that_is_there(trained, capfdbin
     assert out.count(b"\n") == 1 and b"bleu " not in out and b"bleu " in err
 
 
+def test_translations_are_kept_where_scores_cannot_be_written(trained, capsys, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("red blue\n")
+    argv = ["evaluate", f"--workdir={trained}", f"--source={tmp_path / 'a'}", f"--reference={tmp_path / 'b'}"]
+    assert main([*argv, f"--output={tmp_path / 'out'}", "--json=/dev/full"]) == 2
+    assert "/dev/full: cannot be written: No space left" in capsys.readouterr().err
+    assert (tmp_path / "out").read_bytes().count(b"\n") == 1
+
+
 def test_evaluate_leaves_earlier_results_where_it_cannot_run(trained, capsys, tmp_path):
     for name in ("scores.json", "out"):
         (tmp_path / name).write_text("earlier")

@@ -1,5 +1,6 @@
 """Lines in and out of files: whole ones, whatever happens."""
 
+import errno
 import gzip
 import io
 import json
@@ -237,6 +238,18 @@ def test_text_is_written_or_the_place_named(tmp_path):
         write_text(tmp_path / "none" / "a", "")
 
 
+def test_text_that_cannot_be_written_whole_leaves_what_was_there(tmp_path, monkeypatch):
+    write_text(tmp_path / "a", "earlier")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"/a: cannot be written: No space left"):
+        write_text(tmp_path / "a", "half of it")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "earlier")]
+
+
 def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
     with pytest.raises(InputError, match=r"none/a.json: cannot be written: No such file"):
         check_writable(tmp_path / "none" / "a.json")
@@ -247,6 +260,15 @@ def test_a_place_to_write_is_tried_and_left_as_it_is(tmp_path):
     (tmp_path / "old.json").write_text("kept")
     check_writable(tmp_path / "old.json")
     assert (tmp_path / "old.json").read_text() == "kept"
+    (tmp_path / "link.json").symlink_to("other.json")
+    check_writable(tmp_path / "link.json")
+    write_text(tmp_path / "link.json", "through it")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "other.json").read_text() == "through it"
+
+
+def test_output_to_a_directory_does_not_advise_to_remove_it(tmp_path):
+    with pytest.raises(InputError, match="is a directory: name a file in it"):
+        Output(tmp_path, resume=False)
 
 
 def test_a_report_and_its_picture_are_two_files_that_can_be_written(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ def test_prepare_says_what_it_found(reversal, tmp_path, capsys):
     assert main([*argv, "--data.vocab_size=300"]) == 0
     out = capsys.readouterr().out
     pairs = len((corpus / "train.en").read_bytes().split(b"\n")) - 1
-    assert f"{pairs - 1}" in out  # the empty line
-    assert f"{pairs}" in out  # bytes that are not UTF-8
+    assert f"empty side: 1 pairs (line {pairs - 1})" in out
+    assert f"bytes that are not UTF-8: 1 pairs (line {pairs})" in out
     assert (tmp_path / "run" / "store" / "manifest.json").is_file()
     assert main([*argv, "--data.vocab_size=290"]) == 2
     assert "vocab_size" in capsys.readouterr().err

@@ -4,13 +4,14 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from tfm.config import InputError
 from tfm.data import scratch as module
-from tfm.data.scratch import locked, scratch, written
+from tfm.data.scratch import locked, one_at_a_time, scratch, written
 
 
 def test_a_directory_is_for_one_process_and_goes_at_an_error(tmp_path):
@@ -24,6 +25,22 @@ def test_a_directory_is_for_one_process_and_goes_at_an_error(tmp_path):
     with locked(place):
         pass
     assert place.exists()
+
+
+def test_one_process_waits_for_another(tmp_path):
+    place, order = tmp_path / "new" / "cache", []
+
+    def second():
+        with one_at_a_time(place):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with one_at_a_time(place):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_scratch_goes_at_the_end_and_what_was_abandoned_at_the_start(tmp_path):
@@ -77,7 +94,9 @@ def test_a_scratch_that_another_process_took_for_abandoned_is_made_anew(tmp_path
             OSError(errno.ENOSPC, "No space"),
             "/data/store: the token store cannot be written .*make room",
         ),
+        (PermissionError(errno.EACCES, "Permission denied", "/data"), "/data/store: the token store cannot be written"),
         (PermissionError(errno.EACCES, "Permission denied", "/corpus/train.en"), "^/corpus/train.en: cannot be read"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/train.en"), "^/data/train.en: cannot be read"),
         (ImportError("import of num2words halted"), "/data/store: .* a package that is missing .import of num2words"),
     ],
 )

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from tfm import Translator
 from tfm.config import Config, DataConfig, InputError
+from tfm.data import store_builder
 from tfm.data.corpus import open_corpora
 from tfm.data.store import prepare
 from tfm.training.loop import train
@@ -133,10 +134,26 @@ def test_damaged_set_is_named_with_the_command_that_mends_it(wmt14, tmp_path, mo
         read("tfds:wmt14_translate/de-en")
 
 
-def test_split_that_the_set_lacks_names_those_it_has(wmt14, monkeypatch):
+def test_split_that_the_set_lacks_names_those_it_has(wmt14, monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(wmt14))
     with pytest.raises(InputError, match="has no split 'dev'; it has train, validation"):
         read("tfds:wmt14_translate/de-en", "dev")
+    monkeypatch.setattr(store_builder, "_scan", None)  # and that before anything is read
+    for corpus in ("tfds:wmt14_translate/de-en", "demo"):
+        data = DataConfig(corpus=(corpus,), source_language="en", target_language="de", train_split="trian")
+        with pytest.raises(InputError, match="has no split 'trian'; it has train"):
+            prepare(Config(data=data), tmp_path / "store")
+
+
+def test_a_set_that_another_process_prepared_meanwhile_is_read(wmt14, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+
+    def too_late(builder, **_):
+        shutil.copytree(wmt14, tmp_path, dirs_exist_ok=True)
+        raise FileExistsError(builder.data_dir)
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", too_late)
+    assert read("tfds:wmt14_translate/de-en")
 
 
 @pytest.mark.parametrize("part", ["train[:90", "train[:foo%]", "train[0:5000]"])

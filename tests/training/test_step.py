@@ -245,7 +245,8 @@ def test_what_devices_of_a_split_batch_wait_for_comes_in_one_order(logits_per_ch
     """Of two sums without an order, devices of a CPU may wait for one each, and then compute one after the other."""
     trainer = trainer_of(MeshConfig(data=2))
     trainer.logits_per_chunk = logits_per_chunk
-    program = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile().as_text()
+    with jax.set_mesh(trainer.mesh):
+        program = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile().as_text()
     found = sorted((one.count, one.kind) for one in collectives_of(Program(program), 2))
     layers = [(MODEL.decoder_layers, "all-reduce"), (MODEL.encoder_layers, "all-reduce")]
     assert found == [(1, "all-reduce"), *layers]  # in the loops over layers, and at the end for all the rest

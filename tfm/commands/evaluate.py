@@ -74,11 +74,13 @@ def _evaluate(arguments: Arguments, config: Config, stack: ExitStack) -> None:
         where = sys.stderr if arguments.output == STANDARD_STREAM else sys.stdout
         for name, score in scores.items():
             print(f"{name:<26} {score.value:6.2f}   {score.signature}", file=where, flush=True)
-    # Once the scores are told: a disk may be full.
-    if arguments.json is not None:
-        write_text(arguments.json, report + "\n")
-    if output is not None:
-        output.write(hypotheses)
+    # Once the scores are told: a disk may be full. What took longest comes first, and neither waits for the other.
+    try:
+        if output is not None:
+            output.write(hypotheses)
+    finally:
+        if arguments.json is not None:
+            write_text(arguments.json, report + "\n")
 
 
 def _pairs(arguments: Arguments, config: Config) -> tuple[list[str], list[str]]:

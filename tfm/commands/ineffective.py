@@ -57,6 +57,26 @@ _OVERRIDDEN = {
         ("workdir", "config", "which says what is planned"),
     ),
 }
+# What says which pairs `evaluate` reads.
+_OF_A_TEST = ("data.corpus", "data.test_split", "data.source_language", "data.target_language")
+# What says how a corpus is read: the beginnings of options.
+_OF_A_CORPUS = tuple(
+    f"data.{name}"
+    for name in (
+        "corpus",
+        "source_language",
+        "target_language",
+        "train_split",
+        "validation_split",
+        "test_split",
+        "tokenizer",
+        "segmentation",
+        "max_length_ratio",
+        "drop_duplicates",
+        "store",
+        "cache_dir",
+    )
+)
 # By axis of a sweep: what it sets.
 _SWEPT = {
     "batch": ("training.target_tokens_per_batch",),
@@ -89,9 +109,11 @@ def _refuse_overridden(command: str, option: Given, others: Mapping[str, str]) -
             raise InputError(f"{option}: has no effect with --{other}, {why}: leave one of them out")
     if option.name == "decoding.ensemble_mean" and command in _OF_A_TRAINED_MODEL and "ensemble" not in others:
         raise InputError(f"{option}: has no effect without --ensemble: leave it out")
-    is_of_a_corpus = option.name.startswith("data.") and option.name != "data.target_language"
-    if command == "evaluate" and is_of_a_corpus and "source" in others:
-        raise InputError(f"{option}: has no effect with --source, which is read in place of a corpus: leave it out")
+    if command == "evaluate" and option.name.startswith("data.") and option.name != "data.target_language":
+        if "source" in others:
+            raise InputError(f"{option}: has no effect with --source, which is read in place of a corpus: leave it out")
+        if option.name not in _OF_A_TEST:
+            raise InputError(f"{option}: has no effect on tfm evaluate, which reads the test split alone: leave it out")
     if option.name in ("mesh.data", "mesh.fsdp", "mesh.tensor") and "meshes" in others:
         raise InputError(f"{option} and --meshes say both which mesh is planned: leave one of them out")
 
@@ -101,7 +123,7 @@ def _refuse_of_a_benchmark(command: str, option: Given, others: Mapping[str, str
         raise InputError(f"{option}: has no effect on tfm {command}, whose sentences are random: leave it out")
     if command != "benchmark train":
         return
-    if option.name in ("data.corpus", "data.store") and others.get("lengths") != "corpus":
+    if option.name.startswith(_OF_A_CORPUS) and others.get("lengths") != "corpus":
         raise InputError(f"{option}: has no effect without --lengths=corpus: random sentences are measured")
     swept = _SWEPT.get(others.get("sweep", "").partition("=")[0], ())
     if option.name in swept:

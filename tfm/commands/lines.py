@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tfm.config import InputError
-from tfm.files import GZIP
+from tfm.files import GZIP, write_atomically
 from tfm.text import finite
 
 STANDARD_STREAM = Path("-")
@@ -131,6 +131,8 @@ class Output:
                 raise InputError("standard output is closed: name a file to write with --output")
             self._file: IO[bytes] = sys.stdout.buffer
             return
+        if path.is_dir():
+            raise InputError(f"{path}: is a directory: name a file in it")
         try:
             if _is_special(path):
                 self._file = path.open("ab", buffering=0)
@@ -240,8 +242,8 @@ def check_writable(path: Path) -> None:
         is_new = not path.exists()
         with path.open("ab"):
             pass
-        if is_new:  # what fails later should not leave an empty file
-            path.unlink()
+        if is_new:  # what fails later should not leave an empty file, also where a link leads to it
+            path.resolve().unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -265,12 +267,17 @@ def check_outputs(json_file: Path | None, picture: Path | None, what: str = "the
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, or to standard output for `-`. Raises InputError naming what cannot be written."""
+    """Writes a file, whole or not at all, or to standard output for `-`.
+
+    Raises InputError naming what cannot be written.
+    """
     try:
         if path == STANDARD_STREAM:
             sys.stdout.write(text)
-        else:
+        elif _is_special(path) or not os.access(path.resolve().parent, os.W_OK):
             path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path.resolve(), text.encode())
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -63,6 +63,22 @@ def _empty(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Makes a directory, and waits until no other process of this machine is in here with it.
+
+    Where its disk has no locks, nobody waits.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
     """A new directory below `parent`, which goes at the end; those that killed processes have left there go now."""
     parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +103,7 @@ def _held(directory: Path, without_locks: bool) -> Iterator[bool]:
     """Locks a directory; whether it is there, and no other process has it. `without_locks` where the disk has none."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # the latter of another user's
         yield False
         return
     try:
@@ -114,9 +130,15 @@ def written(path: epath.Path | Path) -> Iterator[None]:
             f"{path}: the token store takes a package that is missing ({error}); install it, or set up anew"
         ) from error
     except OSError as error:
-        if error.filename is not None and Path(path).parent not in Path(os.path.abspath(error.filename)).parents:
+        if error.filename is not None and not _on_one_way(Path(os.path.abspath(error.filename)), path):
             raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
         raise InputError(
             f"{path}: the token store cannot be written ({error}); make room or make it writable, or name another "
             "place with data.store or data.cache_dir"
         ) from error
+
+
+def _on_one_way(one: Path, other: epath.Path | Path) -> bool:
+    """Whether one path is the other, below it or above it."""
+    other = Path(os.path.abspath(other))
+    return one == other or one in other.parents or other in one.parents

@@ -25,10 +25,10 @@ from etils import epath
 from tfm.config import Config, InputError
 from tfm.data.checks import CorpusReport
 from tfm.data.corpus import Corpus, file_identity, file_stamp, open_corpora, parse_spec
-from tfm.data.scratch import MARKER, locked, scratch, written
+from tfm.data.scratch import MARKER, locked, one_at_a_time, scratch, written
 from tfm.data.shards import FORMAT, MANIFEST, TOKENIZER, PairTable, map_shard
 from tfm.data.store_builder import build_store
-from tfm.data.tokenizer import Tokenizer
+from tfm.data.tokenizer import NO_NORMALIZATION, Tokenizer
 from tfm.files import as_epath, at_home
 
 # What a store depends on: a store prepared with other values of these is another store.
@@ -158,7 +158,9 @@ def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_di
     local = cache_dir / f"store-{hashlib.sha256(content).hexdigest()[:16]}"
     if (local / MANIFEST).exists():
         return local
-    with written(cache_dir), scratch(cache_dir) as place:
+    with written(cache_dir), one_at_a_time(cache_dir), scratch(cache_dir) as place:
+        if (local / MANIFEST).exists():  # made while this process waited
+            return local
         partial = place / local.name
         partial.mkdir()
         for name, entry in manifest["files"].items():
@@ -168,7 +170,7 @@ def _cached(root: epath.Path, content: bytes, manifest: dict[str, Any], cache_di
         (partial / MANIFEST).write_bytes(content)
         try:
             os.rename(partial, local)
-        except OSError as error:  # another process of this host was faster
+        except OSError as error:  # where there are no locks, another process of this host was faster
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     return local
@@ -202,6 +204,11 @@ def prepare(
     root = as_epath(directory)
     given = tokenizer_path or config.data.tokenizer
     tokenizer = Tokenizer.load(given) if given else None
+    if tokenizer is not None and (rule := tokenizer.normalization) != NO_NORMALIZATION:
+        _log.warning(
+            "%s: rewrites text by the rule %s, and so will translations be; --normalization_rule_name=%s keeps it",
+            *(given, rule, NO_NORMALIZATION),
+        )
     fields = _fields(config, tokenizer)
     corpora = open_corpora(config.data)
     if tokenizer is not None and tokenizer.vocab_size != config.data.vocab_size:

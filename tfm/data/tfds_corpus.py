@@ -45,8 +45,9 @@ class TfdsCorpus(Corpus):
         if self._builder is None:
             builder = self._find()
             self._check_languages(builder)
-            if not (epath.Path(builder.data_dir) / "dataset_info.json").exists():
+            if not _is_prepared(builder):
                 self._prepare(builder)
+                builder = self._find()
             self._check_format(builder)
             self._builder = builder
         return self._builder
@@ -101,6 +102,8 @@ class TfdsCorpus(Corpus):
             with contextlib.redirect_stdout(sys.stderr):  # where TFDS tells of its progress
                 builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # of a download anything may be raised: network, disk, checksum, a missing package
+            if isinstance(error, FileExistsError) and _is_prepared(builder):  # another process was done first
+                return
             raise InputError(
                 f"data.corpus={self.spec.text!r}: is not prepared in {self._data_dir}, and preparing it failed "
                 f"({type(error).__name__}: {_first_line(error)}); set TFDS_DATA_DIR to where it is, or prepare it "
@@ -123,13 +126,16 @@ class TfdsCorpus(Corpus):
     def has_split(self, split: str) -> bool:
         return _base(split) in self.builder.info.splits
 
-    def pairs(self, split: str) -> Iterator[RawPair]:
+    def check(self, split: str) -> None:
         if not self.has_split(split):
             raise InputError(
                 f"data.corpus={self.spec.text!r} has no split {split!r}; it has "
                 f"{', '.join(self.builder.info.splits)}: set data.train_split or data.validation_split to one of them"
             )
         self._check_slice(split)
+
+    def pairs(self, split: str) -> Iterator[RawPair]:
+        self.check(split)
         try:
             records = self.builder.as_data_source(split=split)
             yield from read_records(records, self.source_language, self.target_language)
@@ -155,12 +161,14 @@ class TfdsCorpus(Corpus):
 class DemoCorpus(Corpus):
     """The project's own corpus, English and German."""
 
-    def _check_languages(self) -> None:
+    def check(self, split: str) -> None:
         if {self.source_language, self.target_language} != {"en", "de"}:
             raise InputError(
                 f"data.corpus='demo' has the languages en and de; data.source_language={self.source_language!r} and "
                 f"data.target_language={self.target_language!r} must be these"
             )
+        if not self.has_split(split):
+            raise InputError(f"data.corpus='demo' has no split {split!r}; it has train, validation and test")
 
     def where(self, split: str) -> str:
         return f"demo split {split}"
@@ -169,9 +177,7 @@ class DemoCorpus(Corpus):
         return split in ("train", "validation", "test")
 
     def pairs(self, split: str) -> Iterator[RawPair]:
-        self._check_languages()
-        if not self.has_split(split):
-            raise InputError(f"data.corpus='demo' has no split {split!r}; it has train, validation and test")
+        self.check(split)
         from tfm.data import demo_corpus  # it needs num2words and Babel, which nothing else does
 
         with demo_corpus.explained():
@@ -227,6 +233,10 @@ def _configs(name: str) -> list[str]:
         return sorted(tfds.builder_cls(name).builder_configs)
     except (tfds.core.DatasetNotFoundError, ValueError):
         return []
+
+
+def _is_prepared(builder: Any) -> bool:
+    return (epath.Path(builder.data_dir) / "dataset_info.json").exists()
 
 
 def _base(split: str) -> str:

@@ -30,6 +30,7 @@ from tfm.files import write_atomically
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 _SPECIAL = {"pad_id": PAD, "eos_id": EOS, "bos_id": BOS, "unk_id": UNK}
+NO_NORMALIZATION = "identity"
 _BYTES = 256
 _LEADING_TAG = re.compile(r"(<[^\s<>]+>) ?")
 _THREADS = 16  # of training: fixed, since the order of its float sums, and so the pieces, depend on their number
@@ -52,12 +53,18 @@ class Tokenizer:
         processor = self._processor
         ids = {name: getattr(processor, name)() for name in _SPECIAL}
         if ids != _SPECIAL:
-            given = ", ".join(f"--{name}={value}" for name, value in _SPECIAL.items())
-            raise InputError(f"{origin}: its special ids are {ids}; train it with {given}, or leave data.tokenizer out")
+            given = " ".join(f"--{name}={value}" for name, value in _SPECIAL.items())
+            raise InputError(
+                f"{origin}: its special ids are {ids}; train it with {given} "
+                f"--normalization_rule_name={NO_NORMALIZATION}, or leave data.tokenizer out"
+            )
         self.vocab_size: int = processor.vocab_size()
         breaks = [processor.piece_to_id(piece) for piece in ("<0x0A>", "<0x0D>", "\n", "\r")]
         kinds = ModelProto.SentencePiece
-        pieces = ModelProto.FromString(model).pieces
+        description = ModelProto.FromString(model)
+        pieces = description.pieces
+        self.normalization: str = description.normalizer_spec.name
+        """The rule by which it rewrites text; `NO_NORMALIZATION` rewrites none."""
         # A learned piece may be in angle brackets, too, where a corpus has <1> or </b> in it.
         self._tags = {i for i, p in enumerate(pieces) if i > UNK and p.type in (kinds.USER_DEFINED, kinds.CONTROL)}
         self.banned_ids: tuple[int, ...] = tuple(sorted({PAD, BOS, UNK, *(i for i in breaks if i != UNK)}))
@@ -140,7 +147,7 @@ class Tokenizer:
     def tag_id(self, tag: str) -> int:
         """Id of a source tag such as <2de>. Raises InputError where the tokenizer doesn't know it."""
         token = self._processor.piece_to_id(tag)
-        if token <= UNK:
+        if token not in self._tags:
             raise InputError(
                 f"tag {tag!r} is not in the tokenizer of {self.vocab_size} pieces: leave data.tokenizer (or "
                 "training.initialize_from) out so that one is trained with it, or take the tag out of data.corpus"
@@ -221,7 +228,7 @@ def train_tokenizer(
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9999,
-            normalization_rule_name="identity",
+            normalization_rule_name=NO_NORMALIZATION,
             user_defined_symbols=sorted(set(tags)),
             max_sentence_length=1 << 20,  # bytes; the default would pass long lines over without a word
             num_threads=_THREADS,

@@ -102,7 +102,7 @@ def _cudnn(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS: ja
     # A query without any key, padding where its source has none, would be NaN there, and make its keys' gradients NaN:
     # it is shown all of them, and nothing comes of it.
     blind_BT1 = ~jnp.any(mask_BTS, axis=-1, keepdims=True)
-    mask_B1TS = (mask_BTS | blind_BT1)[:, None]
+    mask_B1TS = constrain((mask_BTS | blind_BT1)[:, None], "activation_batch", None, None, None)
     return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=mask_B1TS, implementation="cudnn")
 
 

@@ -50,7 +50,7 @@ def keep_mask(key: DropoutKey, shape: tuple[int, ...], rate: float) -> jax.Array
     for size in (shape[1], int(np.prod(shape[2:]))):
         counter = mix(jnp.arange(size, dtype=jnp.uint32) * _GOLDEN + np.uint32(1))
         bits = mix(jnp.expand_dims(bits, -1) ^ counter.reshape((1,) * bits.ndim + (size,)))
-    return (bits >= np.uint32(round(rate * 2**32))).reshape(shape)
+    return (bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))).reshape(shape)
 
 
 def dropout(x: jax.Array, rate: float, key: DropoutKey | None, site: int) -> jax.Array:

@@ -28,7 +28,7 @@ VOCAB_MULTIPLE = 128
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding table: a multiple of 128, so that it divides over any mesh and fills matrix units."""
+    """Rows of the embedding table: a multiple of 128, which fills matrix units and divides over usual `mesh.tensor`."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -63,8 +63,8 @@ class Embedding(nn.Module):
         if c.token_dropout_rate and key is not None:
             kept_BL1 = dropout(jnp.ones((*tokens_BL.shape, 1)), c.token_dropout_rate, key, _SITES["token"])
             x_BLD = x_BLD * kept_BL1
-        x_BLD = x_BLD + sinusoids(positions_BL, c.d_model)
-        x_BLD = dropout(x_BLD, c.dropout_rate, key, _SITES["input"]).astype(self.dtype)
+        x_BLD = (x_BLD + sinusoids(positions_BL, c.d_model)).astype(self.dtype)
+        x_BLD = dropout(x_BLD, c.dropout_rate, key, _SITES["input"])
         return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -63,10 +63,10 @@ class _Stack(nn.Module):
             return layer(x, *context, None if key is None else key.fold_in(index)), None
 
         if self.remat != "none":
-            # prevent_cse guards against an optimisation that undoes all of it, which a loop's body cannot undergo; with
-            # every layer unrolled there is no loop.
-            unrolled = self.unroll >= self.depth
-            apply_layer = nn.remat(apply_layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=unrolled)
+            # prevent_cse guards against an optimisation that undoes all of it, which a loop's body cannot undergo; but
+            # layers may be left over behind the loop, and one that turns once is none.
+            in_loop = self.depth % self.unroll == 0 and self.depth // self.unroll > 1
+            apply_layer = nn.remat(apply_layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=not in_loop)
         scan = nn.scan(
             apply_layer,
             variable_axes={"params": 0, "intermediates": 0},

@@ -195,9 +195,12 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward)
 
 
-def chunks_for(rows: int, length: int, padded_vocab: int, logits_per_chunk: int) -> int:
-    """Fewest pieces of a row's length, a divisor of it, that keep a device's logits to `logits_per_chunk` at once."""
+def chunks_for(rows: int, length: int, vocabulary: int, logits_per_chunk: int) -> int:
+    """Fewest pieces of a row's length, a divisor of it, that keep a device's logits to `logits_per_chunk` at once.
+
+    `rows` and `vocabulary` are what one device has of them.
+    """
     for pieces in range(1, length):
-        if length % pieces == 0 and rows * (length // pieces) * padded_vocab <= logits_per_chunk:
+        if length % pieces == 0 and rows * (length // pieces) * vocabulary <= logits_per_chunk:
             return pieces
     return length

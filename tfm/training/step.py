@@ -147,7 +147,8 @@ class Trainer:
         table_VD = output_table(self.model, parameters)
         rows, length = batch.target_outputs.shape
         shards = sharding.batch_shards(self.mesh)
-        chunks = chunks_for(rows // shards, length, table_VD.shape[0], self.logits_per_chunk)
+        vocabulary = table_VD.shape[0] // sharding.vocabulary_shards(self.mesh)
+        chunks = chunks_for(rows // shards, length, vocabulary, self.logits_per_chunk)
         return cross_entropy(
             x_BTD,
             table_VD,
@@ -198,7 +199,9 @@ class Trainer:
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss)
         learning_rate = self.schedule(state.step + 1)
 
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.parameters)
+        # Muon multiplies matrices, too: where the model's products are float32, so are these.
+        with jax.default_matmul_precision("highest" if self.model.dtype == jnp.float32 else None):
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state.parameters, updates)
         ema = state.ema
         if ema is not None:
