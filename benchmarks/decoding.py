@@ -45,13 +45,13 @@ def tfm_search(sentences: np.ndarray, beam: int, config: str) -> Search:
 
     from tfm import backend, sharding
     from tfm.commands.config_files import load_config
-    from tfm.config import DecodingConfig, MeshConfig
+    from tfm.config import DecodingConfig
     from tfm.decoding.decoder import Decoder
     from tfm.model.transformer import Transformer, compute_dtype, init_parameters
 
     count, length = sentences.shape
     backend.decode_on_every_core()
-    mesh = sharding.decoding_mesh(MeshConfig())
+    mesh = sharding.decoding_mesh(tensor=1)
     shards = sharding.batch_shards(mesh)
     shape = load_config(config).model
     model = Transformer(shape, VOCAB, compute_dtype(shape, jax.default_backend()))

@@ -151,32 +151,19 @@ def test_machines_of_gpus_are_no_slices():
     for config in (MeshConfig(), MeshConfig(data=1, fsdp=16, tensor=2)):
         mesh = sharding.make_mesh(config, devices)
         assert [chip.id for chip in mesh.devices.flat] == list(range(32))
-    assert sharding.decoding_mesh(MeshConfig(tensor=2), devices).devices.shape == (16, 1, 2)
+    assert sharding.decoding_mesh(2, devices).devices.shape == (16, 1, 2)
     with pytest.raises(ConfigError, match=r"mesh\.slices=4: the devices are in 1 slices"):
         sharding.make_mesh(MeshConfig(slices=4), devices)
 
 
 def test_decoding_takes_all_slices_and_splits_no_model_over_two(caplog):
     devices = [chip for index in range(2) for chip in chips("TPU v5 lite", (4, 4), index)]
-    mesh = sharding.decoding_mesh(MeshConfig(tensor=2), devices)
+    mesh = sharding.decoding_mesh(2, devices)
     assert mesh.devices.shape == (16, 1, 2)
     assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices[:, 0])
     assert not caplog.messages
-    assert sharding.decoding_mesh(MeshConfig(tensor=32), devices).devices.shape == (32, 1, 1)
+    assert sharding.decoding_mesh(32, devices).devices.shape == (32, 1, 1)
     assert caplog.messages == ["mesh.tensor=32: decodes with 1, since there are 32 devices in 2 slices"]
-
-
-@pytest.mark.parametrize(
-    ("config", "count", "tensor"),
-    [
-        (MeshConfig(data=1, tensor=-1), 8, 8),
-        (MeshConfig(data=2, fsdp=2, tensor=-1), 8, 2),
-        (MeshConfig(data=2, tensor=-1), 1, 1),
-    ],
-)
-def test_decoding_splits_a_model_over_the_rest_of_the_devices_as_training_does(config, count, tensor):
-    mesh = sharding.decoding_mesh(config, jax.devices()[:count])
-    assert mesh.devices.shape == (count // tensor, 1, tensor)
 
 
 def test_without_a_mesh_nothing_is_constrained():

@@ -98,20 +98,21 @@ def _slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
-def decoding_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def decoding_mesh(tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of devices, or all, for decoding: the batch over `data`, and `tensor` as given where they allow it, or 1.
 
-    For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither.
+    For decoding, fsdp is but a second name of data: the batch is split over both, and parameters over neither. A
+    `tensor` of -1 is 1: it says nothing of the devices of another machine than the run's.
     """
     keep_freed_memory()
     devices = jax.devices() if devices is None else devices
     count, slices = len(devices), _slices(devices)
-    tensor = config.tensor
-    if tensor == -1:  # what data and fsdp leave, as in training
-        tensor = count // (config.data * config.fsdp)
-    if tensor < 1 or count // slices % tensor:
+    if tensor == -1:
+        _log.warning("mesh.tensor=-1: decodes with 1; where a device cannot hold the model, give a number")
+        tensor = 1
+    elif count // slices % tensor:
         each = "" if slices == 1 else f" in {slices} slices"
-        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices%s", config.tensor, count, each)
+        _log.warning("mesh.tensor=%d: decodes with 1, since there are %d devices%s", tensor, count, each)
         tensor = 1
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor, slices=slices), devices)
 

@@ -72,7 +72,7 @@ def time_decoding(
       ConfigError: what the decoder raises, and heads that mesh.tensor does not divide.
       OutOfDeviceMemory: sentences that don't fit at once, and how many do.
     """
-    mesh = sharding.decoding_mesh(config.mesh, devices)
+    mesh = sharding.decoding_mesh(config.mesh.tensor, devices)
     decoder, bucket = _fitting_decoder(config, mesh, timing.length, beams, sentences)
     model = decoder.models[0]
     generator = np.random.default_rng(0)

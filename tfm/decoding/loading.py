@@ -45,7 +45,7 @@ def load_models(
     config = (config or run.config).validate()
     _refuse_other_model(run, config)
     tokenizer = _tokenizer(run)
-    mesh = mesh or sharding.decoding_mesh(config.mesh)
+    mesh = mesh or sharding.decoding_mesh(config.mesh.tensor)
     members = [(run, config, checkpoint if checkpoint is not None else config.decoding.average)]
     for member in several(ensemble, "ensemble"):
         folder, which = _member(member)
