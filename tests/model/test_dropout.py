@@ -217,3 +217,8 @@ def test_the_train_step_has_no_generator(remat):
     without = dataclasses.replace(config.model, **dict.fromkeys(rates, 0.0))
     plain = lowered(Trainer(dataclasses.replace(config, model=without), Transformer(without, 100, remat=remat), mesh))
     assert text.count("shift_right_logical") > plain.count("shift_right_logical")  # that is: dropout was in it
+
+
+def test_a_rate_next_to_one_keeps_nothing():
+    key = dropout_key(0, jnp.int32(1), jnp.arange(2))
+    assert not np.any(keep_mask(key, (2, 8, 4), 1 - 2**-40))

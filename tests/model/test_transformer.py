@@ -244,6 +244,16 @@ def test_remat_and_unrolling_change_neither_parameters_nor_results(dtype, tolera
         assert difference < tolerance * optax.tree.norm(results[0])
 
 
+@pytest.mark.parametrize(("unroll", "guarded"), [(1, False), (2, False), (3, True), (4, True)])
+def test_what_is_computed_again_is_guarded_where_no_loop_guards_it(unroll, guarded):
+    """Of 4 layers, 3 leave one over behind a loop that turns once."""
+    config = dataclasses.replace(SMALL, encoder_layers=4, decoder_layers=4)
+    model = Transformer(config, VOCAB, remat="full", unroll=unroll)
+    arrays, _ = rows_of([[0]], 4, 3)
+    program = str(jax.make_jaxpr(lambda p: model.apply({"params": p}, *arrays))(unboxed(abstract_parameters(model))))
+    assert ("prevent_cse=True" in program) is guarded and ("prevent_cse=False" in program) is not guarded
+
+
 def test_encoder_and_decoder_draw_different_bits(monkeypatch):
     """Keys of the embedding's dropout, the one site that both have outside of their layers."""
     keys = []

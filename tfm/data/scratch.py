@@ -130,7 +130,7 @@ def written(path: epath.Path | Path) -> Iterator[None]:
             f"{path}: the token store takes a package that is missing ({error}); install it, or set up anew"
         ) from error
     except OSError as error:
-        if error.filename is not None and not _on_one_way(Path(os.path.abspath(error.filename)), path):
+        if error.filename is not None and not _on_one_way(error.filename, path):
             raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
         raise InputError(
             f"{path}: the token store cannot be written ({error}); make room or make it writable, or name another "
@@ -138,7 +138,7 @@ def written(path: epath.Path | Path) -> Iterator[None]:
         ) from error
 
 
-def _on_one_way(one: Path, other: epath.Path | Path) -> bool:
-    """Whether one path is the other, below it or above it."""
-    other = Path(os.path.abspath(other))
+def _on_one_way(*paths: str | os.PathLike[str]) -> bool:
+    """Whether one of two paths is the other, below it or above it."""
+    one, other = (Path(os.path.abspath(path)) for path in paths)
     return one == other or one in other.parents or other in one.parents
