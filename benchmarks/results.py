@@ -6,7 +6,6 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -24,7 +23,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
     if path is not None:
-        write_text(path, json.dumps(results, indent=2, default=str) + "\n")
+        from tfm.benchmarking.report import as_json
+
+        write_text(path, as_json(results))
 
 
 def surroundings(*packages: str) -> dict[str, Any]:

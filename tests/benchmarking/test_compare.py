@@ -30,8 +30,13 @@ def test_points_are_matched_by_what_they_are(point, report_of):
 
 
 def test_single_points_are_compared_even_if_the_devices_differ(point, report_of):
-    found = compare(report_of(), report_of(point(devices=2)))
+    first, second = (
+        point(target_tokens_per_second_per_device=0.5),
+        point(devices=2, target_tokens_per_second_per_device=0.25),
+    )
+    found = compare(report_of(first), report_of(second))
     assert len(found["points"]) == 1 and found["differences"] == {"devices": [1, 2]}
+    assert found["points"][0]["figures"]["target_tokens_per_second_per_device"]["ratio"] == 0.5
 
 
 def test_what_points_were_measured_with_is_a_difference(point, report_of):

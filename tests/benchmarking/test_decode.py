@@ -56,6 +56,11 @@ def test_the_first_token_and_the_further_steps_make_up_the_search(tiny, make_pea
     assert timed["step_seconds_median"] == pytest.approx((1.0 - 0.4) / (LENGTH - 1))
     assert timed["first_token_seconds_median"] == pytest.approx(0.4)
 
+    # However little the first one took.
+    monkeypatch.setattr(decode, "_timed", lambda *_: (times(*_)[0], [0.01]))
+    timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
+    assert timed["step_seconds_median"] == pytest.approx((1.0 - 0.01) / (LENGTH - 1))
+
     monkeypatch.setattr(decode, "_timed", lambda *_: (times(*_)[0], [1.2]))  # lost in noise
     timed = timed_on(jax.devices()[:1], tiny, make_peak, beams=1, sentences=3)
     assert timed["step_seconds_median"] is None
@@ -124,10 +129,16 @@ def test_padding_alone_is_one_step(tiny):
         assert len(steps) == 1 + LENGTH + (beams > 1)
 
 
-def test_one_sentence_on_two_devices_needs_a_row_on_each(tiny, make_peak):
-    timed = timed_on(jax.devices()[:2], tiny, make_peak, beams=1, sentences=1)
-    assert (timed["sentences"], timed["rows_per_batch"], timed["row_padding"]) == (1, 2, 0.5)
-    assert timed["collectives"] == {}
+@pytest.mark.parametrize("beams", [1, 2])
+def test_one_sentence_on_two_devices_needs_a_row_on_each_and_further_steps_of_one(tiny, make_peak, beams):
+    one, two = (timed_on(jax.devices()[:n], tiny, make_peak, beams=beams, sentences=1) for n in (1, 2))
+    assert (two["sentences"], two["rows_per_batch"], two["row_padding"]) == (1, 2, 0.5)
+    assert two["collectives"] == {}
+    # A device that has padding alone leaves after its first step: all that is computed twice.
+    first = prefill_flops(tiny.model, 1, LENGTH + 1)
+    first += decode_step_flops(tiny.model, 100, 1, 1, LENGTH + 1, beams * (LENGTH + 1))
+    assert two["model_flops"] == one["model_flops"] + first
+    assert 1 < two["hardware_flops"] / one["hardware_flops"] < 1.7
 
 
 def test_sentences_that_do_not_fit_at_once_are_told_with_how_many_do(tiny, make_peak, monkeypatch):

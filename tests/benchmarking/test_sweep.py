@@ -129,12 +129,12 @@ def test_a_point_that_does_not_fit_costs_none_of_the_others(tiny, make_peak, poi
         return point()
 
     monkeypatch.setattr("tfm.benchmarking.sweep.time_training", timed)
-    sweep = Sweep("batch", (2, 4, 8))
+    sweep = Sweep("batch", (8, 2, 4))
     report = benchmark_training(tiny, TrainTiming(), [], jax.devices()[:1], sweep=sweep, make_peak=make_peak)
     assert [p["batch"] for p in report["points"]] == [2, 4]
     assert "a step of 8 rows: needs too much: left out" in caplog.text
     room = 1
-    with pytest.raises(OutOfDeviceMemory, match="a step of 2 rows"):
+    with pytest.raises(OutOfDeviceMemory, match="a step of 8 rows"):
         benchmark_training(tiny, TrainTiming(), [], jax.devices()[:1], sweep=sweep, make_peak=make_peak)
 
 

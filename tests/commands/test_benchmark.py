@@ -50,7 +50,8 @@ def test_a_sweep_gives_a_table_json_and_a_picture_and_is_compared(config, tmp_pa
     compared = json.loads(capsys.readouterr().out)
     ratios = {figure["ratio"] for point in compared["points"] for figure in point["figures"].values()}
     assert ratios == {1.0}
-    assert main(["benchmark", "compare", str(where), str(where)]) == 0
+    assert main(["benchmark", "compare", str(where), str(where), "--json", str(tmp_path / "ratios.json")]) == 0
+    assert json.loads((tmp_path / "ratios.json").read_text()) == compared
     assert "target_tokens_per_second" in capsys.readouterr().out
 
 
@@ -113,6 +114,8 @@ def test_json_on_standard_output_is_json_alone(config, tmp_path, capsys):
         (["train", "CONFIG", "--profile=/dev/null/x"], "--profile=/dev/null/x: cannot be written: Not a directory"),
         (["compare", "a.json"], "1 reports are given, and two are compared; usage: tfm benchmark compare"),
         (["compare", "a", "b", "--jsn=c"], "--jsn=c: unknown option; usage: tfm benchmark compare"),
+        (["compare", "a", "b", "--json"], "--json: unknown option; usage: tfm benchmark compare"),
+        (["compare", "a.json", "b.json", "--json=b.json"], "--json=b.json: would overwrite a report that is compared"),
         (["compare", "a.json", "b.json"], "a.json: cannot be read: No such file or directory"),
     ],
 )

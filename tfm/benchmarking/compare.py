@@ -24,6 +24,7 @@ _MEASURED = (
     "_seconds_p10",
     "_seconds_p90",
     "_per_second",
+    "_per_device",
     "_bytes",
     "_utilisation",
     "_padding",

@@ -88,17 +88,19 @@ def time_decoding(
     trace = None
     if timing.profile is not None:
         trace = profiled(timing.profile, compiled, full, _PROFILED_SEARCHES, "search")
+    memory = programs.memory(compiled, list(devices))  # before the peak's matrices are made again
     search, after_one_step = (float(np.median(times)) for times in seconds)
     # The end takes a step, since beams are ranked by its log-probability, too; greedy search without scores has none.
     steps = timing.length + (beams > 1)
     step = (search - after_one_step) / (steps - 1) if steps > 1 else 0.0
-    # Noise can hide a search of a few milliseconds, and one step has no further one: unknown is better than 0.
-    resolved = 0 < step < after_one_step
+    # Devices search each by itself, and one whose rows are all padding leaves after the first step.
+    rows_of_one = bucket.rows // sharding.batch_shards(mesh)
+    busy_rows = -(-sentences // rows_of_one) * rows_of_one
     flops = prefill_flops(config.model, bucket.rows, bucket.length)
     # The first step is of a single beam, which sees as many slots of the cache as each of the others.
-    for count, hypotheses in ((1, 1), (steps - 1, beams)):
+    for count, rows, hypotheses in ((1, bucket.rows, 1), (steps - 1, busy_rows, beams)):
         room = bucket.room * beams // hypotheses
-        shape = (bucket.rows, hypotheses, bucket.length, room)
+        shape = (rows, hypotheses, bucket.length, room)
         flops += count * decode_step_flops(config.model, model.vocab_size, *shape)
     contents = {
         "sentences": sentences,
@@ -121,19 +123,20 @@ def time_decoding(
         **programs.stage_seconds(*decoder.compile_stages["search", bucket, True]),
         **programs.spread("search", seconds[0]),
         "first_token_seconds_median": after_one_step,
-        "step_seconds_median": step if resolved else None,
+        # Noise can hide a search of a few milliseconds, and one step has no further one: unknown is better than 0.
+        "step_seconds_median": step if step > 0 else None,
         **per_second(contents, search, len(devices)),
         "row_padding": 1 - sentences / bucket.rows,
         **utilisation(
             flops,
-            _counted_flops(decoder, bucket, beams, steps),
+            _counted_flops(decoder, bucket, beams, 1 + (steps - 1) * busy_rows / bucket.rows),
             search,
             devices=len(devices),
             device_kind=devices[0].device_kind,
             dtype=model.dtype.name,
             matmul_peak_flops=peak.again(),
         ),
-        **programs.memory(compiled, list(devices)),
+        **memory,
         "collectives": programs.collectives(compiled, len(devices)),
         **({} if trace is None else {"profile": trace}),
     }
@@ -201,8 +204,8 @@ def _timed(full: Callable[[], Any], empty: Callable[[], Any], timing: DecodeTimi
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def _counted_flops(decoder: Decoder, bucket: Bucket, beams: int, steps: int) -> float | None:
-    """FLOPs that XLA counts in the prefill and in so many steps of the model, for all rows; None where it cannot.
+def _counted_flops(decoder: Decoder, bucket: Bucket, beams: int, steps: float) -> float | None:
+    """FLOPs that XLA counts in the prefill and in so many steps of all rows; None where it cannot.
 
     Both and the first step are lowered by themselves, since in a search XLA counts the body of the loop once; the
     choice of tokens is left out.

@@ -114,7 +114,8 @@ def largest_power_of_two(below: int, fits: Callable[[int], bool]) -> int | None:
 def collectives(compiled: jax.stages.Compiled, devices: int) -> dict[str, int] | None:
     """Collectives of a program among so many devices, by kind, {"all-reduce": 3}; those in a loop as often as it turns.
 
-    None, and a warning, where the compiler writes them in a form that isn't known.
+    Once where the program doesn't say how often, as a search's doesn't. None, and a warning, where the compiler writes
+    them in a form that isn't known.
     """
     try:
         found = traffic(collectives_of(Program(compiled.as_text()), devices))

@@ -126,6 +126,7 @@ def benchmark_training(
         trainer_of(changed, changed.data.vocab_size, sharding.make_mesh(changed.mesh, used))
         cases.append((value, changed, used))
     points: list[dict[str, Any]] = []
+    left_out: list[OutOfDeviceMemory] = []
 
     def so_far() -> dict[str, Any]:
         return _swept(report("train", config, argv, list(peaks.by_devices.values()), points), sweep)
@@ -134,11 +135,16 @@ def benchmark_training(
         try:
             point = time_training(changed, used, _with_folder(timing, sweep, value), peaks.of(used))
         except OutOfDeviceMemory as error:
-            _leave_out(error, points)
+            if sweep is None:
+                raise
+            left_out.append(error)
+            _log.error("%s: left out", error)
             continue
         points.append(point if sweep is None else {sweep.axis: value, **point})
         _log.info("%.4g target tokens/s, MFU %.3f", point["target_tokens_per_second"], point["mfu"])
         keep(so_far())
+    if not points:
+        raise left_out[0]
     return so_far()
 
 
@@ -190,6 +196,7 @@ def benchmark_decoding(
     check_beam(beams[-1], config.data.vocab_size, BANNED)  # before the first is measured
     peaks = _Peaks(config, make_peak)
     points: list[dict[str, Any]] = []
+    left_out: list[OutOfDeviceMemory] = []
 
     def so_far() -> dict[str, Any]:
         made = report("decode", config, argv, list(peaks.by_devices.values()), points)
@@ -208,19 +215,15 @@ def benchmark_decoding(
             try:
                 point = time_decoding(config, used, changed, peaks.of(used), beams=beam, sentences=case.sentences)
             except OutOfDeviceMemory as error:
-                _leave_out(error, points)
+                left_out.append(error)
+                _log.error("%s: left out", error)
                 continue
             points.append(point if sweep is None else {sweep.axis: case.value, **point})
             _log.info("beam %d: %.4g sentences/s of %d", beam, point["sentences_per_second"], case.sentences)
             keep(so_far())
-    return so_far()
-
-
-def _leave_out(error: OutOfDeviceMemory, points: Sequence[Any]) -> None:
-    """Says that a point does not fit; raises the error where none has been measured, since the others may be larger."""
     if not points:
-        raise error
-    _log.error("%s: left out", error)
+        raise left_out[0]
+    return so_far()
 
 
 class _Case(NamedTuple):

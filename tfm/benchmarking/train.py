@@ -110,6 +110,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
         if timing.profile is not None:
             trace = profiled(timing.profile, steps.compiled, steps.step, _PROFILED_STEPS, "update")
         median = float(np.median(seconds))
+        memory = programs.memory(steps.compiled, list(devices))  # before the peak's matrices are made again
         shape = (batches.rows_per_batch, batches.source_length, batches.target_length)
         return {
             "lengths": timing.lengths,
@@ -135,7 +136,7 @@ def time_training(config: Config, devices: Sequence[Any], timing: TrainTiming, p
                 dtype=trainer.model.dtype.name,
                 matmul_peak_flops=peak.again(),
             ),
-            **programs.memory(steps.compiled, list(devices)),
+            **memory,
             "collectives": programs.collectives(steps.compiled, len(devices)),
             "loss": steps.loss,
             **({} if trace is None else {"profile": trace}),
@@ -150,6 +151,7 @@ class _Steps:
         """Number of the batch of each timed step."""
         self._rows = sharding.batch_sharding(trainer.mesh)
         self._batches, self._timing = batches, timing
+        self._read_ahead = trainer.config.data.read_ahead
         one = batches.global_batch(0, self._rows)
         self.compiled, self.compile_seconds = programs.compiled_in_stages(
             trainer.train_step, trainer.abstract_state, one
@@ -158,6 +160,7 @@ class _Steps:
         self._state: TrainState = trainer.init()
         self._metrics: Any = None
         self._held = None if timing.pipeline else [one, *self._later_batches()]
+        jax.block_until_ready((self._state, self._held))  # or the first step would wait for them
 
     def _later_batches(self) -> Iterator[Batch]:
         for k in range(1, DISTINCT_BATCHES):
@@ -190,7 +193,8 @@ class _Steps:
 
     def _stream(self, count: int) -> Iterator[tuple[int, Batch]]:
         if self._held is None:
-            yield from self._batches.read_ahead(0, count, self._rows)
+            # More than are used, so that the reader is at work beside the last step, too.
+            yield from self._batches.read_ahead(0, count + 2 * self._read_ahead, self._rows)
             return
         for number in range(count):
             k = number % len(self._held)

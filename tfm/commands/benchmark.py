@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any, Literal
 
-from tfm.commands.lines import STANDARD_STREAM, check_outputs, write_text
+from tfm.commands.lines import STANDARD_STREAM, check_outputs, is_same_file, write_text
 from tfm.commands.options import parse
 from tfm.commands.train import deterministic_where_asked
 from tfm.config import Config, InputError
@@ -183,22 +183,26 @@ def _picture(arguments: _Both) -> Path | None:
 
 
 def _compare(argv: list[str]) -> int:
-    options = [token for token in argv if token.startswith("-")]
-    files = [token for token in argv if not token.startswith("-")]
-    where = None
-    for option in options:
-        if not option.startswith("--json=") or option == "--json=":
-            if option in ("-h", "--help"):
-                print(f"usage: {_COMPARE_USAGE}")
-                return 0
-            raise InputError(f"{option}: unknown option; usage: {_COMPARE_USAGE}")
-        where = at_home(Path(option.removeprefix("--json=")))
+    files, where, rest = [], None, iter(argv)
+    for token in rest:
+        name, _, value = token.partition("=")
+        if token in ("-h", "--help"):
+            print(f"usage: {_COMPARE_USAGE}")
+            return 0
+        if not token.startswith("-"):
+            files.append(Path(token))
+        elif name == "--json" and (value := value or next(rest, "")):
+            where = at_home(Path(value))
+        else:
+            raise InputError(f"{token}: unknown option; usage: {_COMPARE_USAGE}")
     if len(files) != 2:
         raise InputError(f"{len(files)} reports are given, and two are compared; usage: {_COMPARE_USAGE}")
+    if any(is_same_file(where, file) for file in files):
+        raise InputError(f"--json={where}: would overwrite a report that is compared: name another")
     from tfm.benchmarking.compare import compare, comparison_table, read_report
     from tfm.benchmarking.report import as_json
 
-    comparison = compare(*(read_report(Path(file)) for file in files))
+    comparison = compare(*map(read_report, files))
     if where != STANDARD_STREAM:
         print(comparison_table(comparison))
     if where is not None:

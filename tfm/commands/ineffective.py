@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from tfm.commands.typed import Given
-from tfm.config import InputError
+from tfm.config import InputError, TrainingConfig
 
 _OF_A_TRAINED_MODEL = ("translate", "score", "evaluate", "explain")
+# Of a run, not of one update.
+_OF_A_LOOP = tuple(
+    f"training.{name}"
+    for name in (
+        "steps",
+        "log_every",
+        "checkpoint_every",
+        "keep_",
+        "evaluate_",
+        "best_metric",
+        "early_stopping",
+        "max_skipped_steps",
+        "initialize_from",
+    )
+)
+# Of `training.*`, what a search with random parameters is made with.
+_OF_A_SEARCH = ("seed", "deterministic")
 # Commands, the beginnings of the options that they have no use for, and why.
 _WITHOUT_USE = (
     (("demo", "explain", "plan", "prepare"), ("hosts.",), "which runs on one host"),
@@ -21,7 +39,20 @@ _WITHOUT_USE = (
     (("explain",), ("decoding.n_best",), "which shows one translation"),
     (("explain",), ("mesh.",), "which uses one device"),
     (("benchmark train",), ("decoding.",), "which translates nothing"),
-    (("benchmark decode",), ("optimizer.",), "which trains nothing"),
+    (("benchmark train",), _OF_A_LOOP, "which times --steps updates and nothing beside them"),
+    (
+        ("benchmark decode",),
+        (
+            "optimizer.",
+            *(
+                f"training.{field.name}"
+                for field in dataclasses.fields(TrainingConfig)
+                if field.name not in _OF_A_SEARCH
+            ),
+        ),
+        "which trains nothing",
+    ),
+    (("benchmark decode",), ("decoding.average", "decoding.ensemble_mean"), "whose parameters are random"),
     (
         ("benchmark decode",),
         tuple(
@@ -52,6 +83,10 @@ _OVERRIDDEN = {
     "score": (_CHOSEN,),
     "evaluate": (_SAMPLED, _CHOSEN),
     "explain": (_SAMPLED, _CHOSEN),
+    "benchmark decode": (
+        ("decoding.beam_size", "beams", "which says which beams are measured"),
+        ("decoding.tokens_per_batch", "batches", "which says how many sentences are translated at once"),
+    ),
     "plan": (
         ("training.target_tokens_per_batch", "rows_per_chip", "which says how large a batch is"),
         ("workdir", "config", "which says what is planned"),
@@ -121,13 +156,17 @@ def _refuse_overridden(command: str, option: Given, others: Mapping[str, str]) -
 def _refuse_of_a_benchmark(command: str, option: Given, others: Mapping[str, str]) -> None:
     if command == "benchmark decode" and option.name.startswith("data.") and option.name != "data.vocab_size":
         raise InputError(f"{option}: has no effect on tfm {command}, whose sentences are random: leave it out")
+    sweep = others.get("sweep", "")
+    if command == "benchmark decode" and option.name == "decoding.tokens_per_batch" and sweep.startswith("batch="):
+        raise InputError(f"{option} and --sweep={sweep} say both what is measured: leave one of them out")
     if command != "benchmark train":
         return
+    if option.name == "data.read_ahead" and "pipeline" not in others:
+        raise InputError(f"{option}: has no effect without --pipeline: batches are on the device")
     if option.name.startswith(_OF_A_CORPUS) and others.get("lengths") != "corpus":
         raise InputError(f"{option}: has no effect without --lengths=corpus: random sentences are measured")
-    swept = _SWEPT.get(others.get("sweep", "").partition("=")[0], ())
-    if option.name in swept:
-        raise InputError(f"{option} and --sweep={others['sweep']} say both what is measured: leave one of them out")
+    if option.name in _SWEPT.get(sweep.partition("=")[0], ()):
+        raise InputError(f"{option} and --sweep={sweep} say both what is measured: leave one of them out")
 
 
 def _refuse_of_a_mesh(command: str, option: Given) -> None:
