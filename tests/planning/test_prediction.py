@@ -3,7 +3,7 @@
 import pytest
 
 from tfm.chips import Chip
-from tfm.planning.prediction import predict, utilisation
+from tfm.planning.prediction import predict, utilisation, with_peak_of
 
 CHIP = Chip("chip", peak_flops=100.0, memory=1000.0, memory_bandwidth=10.0, link_bandwidth=1.0)
 
@@ -15,6 +15,11 @@ def test_the_largest_and_the_sum():
     assert predict(CHIP, 1.0, 20.0, 3.0).bound_by == "interconnect"
     between = predict(CHIP, 1.0, 20.0, 3.0, network_seconds=4.0)
     assert (between.bound_by, between.largest_seconds, between.sum_seconds) == ("network", 4.0, 9.01)
+
+
+def test_float32_takes_six_products_of_bfloat16():
+    assert with_peak_of(CHIP, "bfloat16") == CHIP
+    assert predict(with_peak_of(CHIP, "float32"), 500.0, 20.0, 1.0).compute_seconds == pytest.approx(30.0)
 
 
 def test_utilisation_is_of_the_formula_s_flops():

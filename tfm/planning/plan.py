@@ -29,7 +29,7 @@ from tfm.planning.compiled import (
     state_bytes,
 )
 from tfm.planning.formula import expected_traffic
-from tfm.planning.prediction import Prediction, predict, utilisation
+from tfm.planning.prediction import Prediction, predict, utilisation, with_peak_of
 from tfm.planning.topology import Topology, collective_seconds, coordinates_of, devices_of
 from tfm.training.step import Trainer, trainer_of
 
@@ -119,6 +119,7 @@ def plan_for(config: Config, topology: Topology, rows_per_chip: int | None = Non
       InputError: no compiler, or a mesh or a batch that doesn't divide.
     """
     trainer, topology = trainer_on(config, topology, rows_per_chip), _slices(config, topology)
+    topology = dataclasses.replace(topology, chip=with_peak_of(topology.chip, trainer.model.dtype.name))
     config, mesh = trainer.config, trainer.mesh
     about = {"topology": topology.name, "slices": topology.slices, "chip": topology.chip.name}
     plan = {**_about(trainer), **about}

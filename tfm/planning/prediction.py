@@ -6,6 +6,10 @@ import dataclasses
 
 from tfm.chips import Chip
 
+# Products of bfloat16 that a TPU makes one of float32 out of, at the precision that the model asks for there: each
+# operand as the sum of three, without the three smallest of the nine products.
+_FLOAT32_PASSES = 6
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -35,6 +39,11 @@ class Prediction:
         """The part that takes longest: "compute", "memory", "interconnect" or "network"."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name]).removesuffix("_seconds")
+
+
+def with_peak_of(chip: Chip, dtype: str) -> Chip:
+    """A TPU with the peak of matrix products that it has in a dtype, "bfloat16" or "float32"."""
+    return dataclasses.replace(chip, peak_flops=chip.peak_flops / (_FLOAT32_PASSES if dtype == "float32" else 1))
 
 
 def predict(
