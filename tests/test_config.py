@@ -179,6 +179,7 @@ def test_every_field_has_a_rule_or_needs_none():
             ["data.segmentation_alpha=3.0", "data.tokenizer_model=bpe"],
         ),
         (dict(decoding__min_length=306), ["decoding.min_length=306", "305 by", "max_source_length=256", "tokens=50"]),
+        (dict(decoding__length_penalty=30.0), ["decoding.length_penalty=30.0", "305 tokens", "float32"]),
         (dict(decoding__sampling_top_k=5), ["decoding.sampling_top_k=5", "without decoding.sampling=True"]),
         (dict(decoding__sampling_seed=1), ["decoding.sampling_seed=1", "without decoding.sampling=True"]),
         (
@@ -213,6 +214,7 @@ def test_values_that_contradict_each_other_are_refused_and_both_named(values, na
         dict(optimizer__weight_decay=0.1, optimizer__name="adamw"),
         dict(optimizer__weight_decay=0.1, optimizer__name="adafactor"),
         dict(decoding__tokens_per_batch=256),
+        dict(decoding__length_penalty=20.0),
         dict(decoding__sampling=True, decoding__n_best=9, decoding__sampling_top_p=0.9, decoding__sampling_seed=4),
         dict(mesh__data=2, mesh__fsdp=-1),
         dict(optimizer__learning_rate=None, optimizer__decay_steps=None),

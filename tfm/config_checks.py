@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 from pathlib import Path
@@ -199,6 +200,12 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             f"decoding.min_length={decoding.min_length} is more than any translation may have: {most} by "
             f"decoding.max_source_length={decoding.max_source_length} and decoding.max_extra_tokens="
             f"{decoding.max_extra_tokens}"
+        )
+    # As a logarithm, since the power itself may be too large for any float.
+    if decoding.length_penalty * math.log((6 + most) / 6) > math.log(_LARGEST):
+        raise ConfigError(
+            f"decoding.length_penalty={decoding.length_penalty}: of a translation of {most} tokens it would be no "
+            "number that float32 can hold; papers have 0.6 to 2"
         )
     if decoding.sampling_temperature < _LEAST_TEMPERATURE:
         raise ConfigError(

@@ -73,6 +73,17 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
         Output(tmp_path / "nowhere" / "out")
 
 
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    path = tmp_path / "out"
+    with Output(path, resume=True) as output:
+        output.write(["a"])
+        with pytest.raises(InputError, match="out: another process is writing it"):
+            Output(path, resume=True)
+        output.write(["b"])
+    with Output(path, resume=True) as output:
+        assert output.lines == 2
+
+
 @pytest.mark.parametrize(("there", "lines"), [(b"", 0), (b"a\nb\n", 2), (b"a\nb\nhalf a li", 2), (b"half", 0)])
 def test_resuming_goes_on_behind_the_last_whole_line(tmp_path, there, lines):
     path = tmp_path / "out"

@@ -23,6 +23,10 @@ def test_json_lines_hold_all_translations_and_score_agrees(trained, monkeypatch,
     scores = [float(line) for line in capsysbinary.readouterr().out.split(b"\n")[:-1]]
     for index in (0, 2):
         assert scores[index] == pytest.approx(translated[index]["translations"][0]["log_prob"], abs=1e-4)
+    with found.open("rb") as file:  # a pipe has no name to tell it by
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert main(["score", f"--workdir={trained}", f"--source={source}", "--target=-"]) == 0
+    assert [float(line) for line in capsysbinary.readouterr().out.split(b"\n")[:-1]] == scores
     assert main(["score", *argv[:1], f"--source={source}", f"--target={source}", "--format=jsonl"]) == 0
     scored = [json.loads(line) for line in capsysbinary.readouterr().out.split(b"\n")[:-1]]
     for one in scored:

@@ -116,6 +116,23 @@ def test_an_interrupted_translation_is_continued(trained, monkeypatch, capsysbin
     assert part.read_bytes() == whole.read_bytes()
 
 
+def test_an_interrupted_one_goes_on_with_the_prefixes_and_draws_of_its_lines(
+    trained, monkeypatch, capsysbinary, tmp_path
+):
+    source, prefixes = tmp_path / "source", tmp_path / "prefixes"
+    source.write_text("red blue\n" * 12)
+    prefixes.write_text("red\nblue\ngreen\n\n" * 3)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    options = (f"--workdir={trained}", f"--input={source}", f"--prefixes={prefixes}", "--decoding.sampling=True")
+    assert translate(monkeypatch, capsysbinary, b"", *options, f"--output={whole}")[0] == 0
+    lines = whole.read_text().split("\n")
+    assert all(line.startswith(word) for line, word in zip(lines, ["red", "blue", "green"], strict=False))
+    assert len(set(lines[:12])) == 12  # draws of their own
+    part.write_text("\n".join(lines[:5]) + "\n")
+    assert translate(monkeypatch, capsysbinary, b"", *options, f"--output={part}", "--resume")[0] == 0
+    assert part.read_text() == whole.read_text()
+
+
 def test_a_model_alone_and_twice_translate_alike(trained, monkeypatch, capsysbinary):
     source = b"red blue\ngreen gold black\n"
     once = translate(monkeypatch, capsysbinary, source, f"--workdir={trained}")

@@ -57,7 +57,14 @@ def test_the_papers_score_counts_moses_tokens_and_says_so():
     """Moses keeps "isn 't" in two tokens: one of seven is wrong, 6/7, 4/6, 2/5 and 1/4 of the n-grams are right."""
     score = tokenised_bleu(["it isn't a big dog ."], ["It isn't a small dog ."], "en")
     assert score.value == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25)
-    assert score.signature.startswith("lower-cased, sacremoses tokens|nrefs:1|")
+    assert score.signature.startswith("lower-cased, sacremoses tokens of en|nrefs:1|")
+
+
+def test_the_papers_score_knows_the_language_of_a_region_and_none_without_blanks():
+    """French Moses has "l'" for a token, and English "l" and an apostrophe."""
+    pair = (["il boit l'eau d'ici"], ["il boit l'air d'ici"])
+    assert tokenised_bleu(*pair, "fr_FR") == tokenised_bleu(*pair, "fr") != tokenised_bleu(*pair, "en")
+    assert tokenised_bleu(["我喜欢猫"], ["我喜欢狗"], "zh_CN") is None
 
 
 def test_without_sacremoses_there_is_no_such_score(monkeypatch):

@@ -1,14 +1,16 @@
 """Attention as it is shown: by NumPy, by what must hold of any, and as a table and a picture."""
 
 import dataclasses
+import io
 import math
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from tfm.config import Config, DecodingConfig, InputError, MeshConfig, ModelConfig
-from tfm.data.tokenizer import EOS, train_tokenizer
+from tfm.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer, train_tokenizer
 from tfm.decoding.explanation import Explanation, draw, explain, table
 from tfm.decoding.loading import Loaded
 from tfm.decoding.translator import Translator
@@ -100,6 +102,20 @@ def test_what_has_no_attention_to_show_is_named(loaded):
         explain(loaded, "haus", "tür " * 40)
 
 
+def test_a_target_may_have_signs_that_the_tokenizer_lacks(loaded):
+    """One of the user's own may have no pieces for single bytes."""
+    trained = io.BytesIO()
+    words = iter(["haus tür baum weg see"] * 50)
+    special = dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_writer=trained, vocab_size=24, **special)
+    tokenizer = Tokenizer(trained.getvalue())
+    model = Transformer(MODEL, tokenizer.vocab_size)
+    parameters = jax.jit(lambda: init_parameters(model, 1))()
+    own = dataclasses.replace(loaded, tokenizer=tokenizer, models=(model,), parameters=(parameters,))
+    explained = explain(own, "haus", "tür 🙂")
+    assert "<unk>" in explained.target_tokens and len(explained.target_tokens) == explained.cross_NHTS.shape[2]
+
+
 @pytest.fixture
 def small() -> Explanation:
     cross = np.zeros((2, 2, 2, 3), np.float32)
@@ -122,6 +138,14 @@ def test_a_table_has_a_line_for_each_query(small):
     assert (
         table(small, "encoder", 1) == "   token  looks at\n1  ▁a     ▁a 100%\n2  $b$    $b$ 100%\n3  </s>   </s> 100%\n"
     )
+
+
+@pytest.mark.parametrize("layer", [0, 3, -1])
+def test_a_layer_that_is_none_is_named(small, tmp_path, layer):
+    with pytest.raises(InputError, match=f"layer {layer}: the stack has layers 1 to 2"):
+        table(small, layer=layer)
+    with pytest.raises(InputError, match=f"layer {layer}: the stack has layers 1 to 2"):
+        draw(small, tmp_path / "a.png", layer=layer)
 
 
 @pytest.mark.parametrize(("attention", "layer", "panels"), [("cross", None, 2), ("cross", 2, 2), ("encoder", None, 1)])

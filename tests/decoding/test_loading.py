@@ -60,6 +60,12 @@ def test_a_run_of_another_mesh_is_translated_with_on_this_machine(run, tensor, w
     assert f"mesh.tensor={tensor}: decodes with 1{why}" in caplog.text
 
 
+def test_models_that_decode_together_have_the_dtype_that_is_asked_for(run):
+    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, dtype="bfloat16"))
+    models = loading.load_models(run.path, config, ensemble=[f"{run.path}@1"]).models
+    assert [model.dtype.name for model in models] == ["bfloat16", "bfloat16"]
+
+
 def test_a_mesh_that_does_not_divide_the_model_is_named(run):
     config = dataclasses.replace(run.config, mesh=MeshConfig(tensor=8))
     with pytest.raises(ConfigError, match=r"has 4 along 'heads', which mesh.tensor=8 does not divide"):

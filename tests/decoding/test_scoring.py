@@ -1,5 +1,6 @@
 """Scores of given translations: of each line its own, and a piece that is none named with its line."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,15 @@ def test_scores_keep_to_their_lines(translator, caplog):
     assert scored[2].tokens == () and len(scored[2].token_log_probs) == 1
     assert caplog.messages[0].startswith("line 4 has ")
     assert translator.score(sources[:1], targets[:1]) == scored[:1]
+
+
+def test_a_broken_model_s_scores_are_said_to_mean_nothing(translator, parameters, caplog):
+    try:
+        translator.set_parameters(jax.tree.map(lambda p: p * np.nan, parameters))
+        assert np.isnan(translator.score(["", "haus"], ["", "tür"])[1].log_prob)
+    finally:
+        translator.set_parameters(parameters)
+    assert caplog.messages == ["line 2: the model gives no probabilities: its score means nothing"]
 
 
 @pytest.mark.parametrize("piece", ["no such piece", "<s>", "\ud800", 3])

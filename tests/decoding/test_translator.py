@@ -32,10 +32,12 @@ class Echo:
         self.long_buckets = [Bucket(1, length, 2 * length) for length in source_lengths]
         self.given_up: set[int] = set()  # lengths of sentences that are, at first
         self.batches: list[tuple[Bucket, list[list[int]]]] = []
+        self.asked: list[tuple[list[int], list[int] | None, tuple[int, int]]] = []  # sentence, prefix, draw
 
     def decode(self, bucket: Bucket, given, prefixes, numbers) -> Hypotheses:
         self.batches.append((bucket, list(given)))
-        assert len(given) <= bucket.rows
+        assert len(given) == len(numbers) <= bucket.rows
+        self.asked += zip(given, prefixes or [None] * len(given), numbers, strict=True)
         tokens = np.full((bucket.rows, 1, bucket.length), EOS)
         lengths = np.zeros((bucket.rows, 1), np.int32)
         for row, sentence in enumerate(given):
@@ -236,6 +238,24 @@ def test_prefixes_and_lines_go_together(echo):
         echo.translate(["haus", "tür"], ["x"])
     with pytest.raises(InputError, match=r"line 2: its prefix has \d+ tokens, and its translation may have 5"):
         echo.translate(["haus", "tür"], ["", "haus " * 40])
+
+
+def test_each_line_has_its_own_prefix_and_draw_and_a_cut_one_a_draw_for_each_piece(echo):
+    long = " ".join(sentences(12))
+    lines, prefixes = ["haus", "", long, "tür", "see"], ["alt", "und", "weg", "", "baum"]
+    for given in (prefixes, None):
+        echo.decoder = Echo()
+        list(echo.windows(lines, given, first=101))
+        pieces = sum(number == 103 for _, _, (number, _) in echo.decoder.asked)
+        assert pieces > 1
+        numbers = [(101, 0), *((103, piece) for piece in range(pieces)), (104, 0), (105, 0)]
+        asked = {draw: (echo.tokenizer.decode([ids[:-1]])[0], prefix) for ids, prefix, draw in echo.decoder.asked}
+        assert sorted(asked) == numbers
+        assert [asked[number, 0][0] for number in (101, 104, 105)] == ["haus", "tür", "see"]
+        assert " ".join(asked[103, piece][0] for piece in range(pieces)) == long
+        words = {(101, 0): "alt", (103, 0): "weg", (105, 0): "baum"} if given else {}
+        expected = {draw: echo.tokenizer.encode([words.get(draw, "")])[0] if given else None for draw in asked}
+        assert {draw: prefix for draw, (_, prefix) in asked.items()} == expected
 
 
 def test_what_stands_before_a_refused_prefix_is_translated(echo):

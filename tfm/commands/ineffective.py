@@ -29,14 +29,18 @@ _OF_A_SEARCH = ("seed", "deterministic")
 # Commands, the beginnings of the options that they have no use for, and why.
 _WITHOUT_USE = (
     (("demo", "explain", "plan", "prepare"), ("hosts.",), "which runs on one host"),
-    (_OF_A_TRAINED_MODEL, ("training.", "optimizer."), "which trains nothing"),
+    (_OF_A_TRAINED_MODEL, ("training.", "optimizer.", "model.attention"), "which trains nothing"),
     (("translate", "score", "explain"), ("data.",), "which reads no corpus"),
     (
         ("score",),
         ("decoding.beam_size", "decoding.n_best", "decoding.min_length", "decoding.sampling"),
         "which searches for nothing",
     ),
-    (("explain",), ("decoding.n_best",), "which shows one translation"),
+    (
+        ("explain",),
+        ("decoding.n_best", "decoding.sentences_per_batch"),
+        "which shows one translation",
+    ),
     (("explain",), ("mesh.",), "which uses one device"),
     (("benchmark train",), ("decoding.",), "which translates nothing"),
     (("benchmark train",), _OF_A_LOOP, "which times --steps updates and nothing beside them"),
@@ -44,6 +48,7 @@ _WITHOUT_USE = (
         ("benchmark decode",),
         (
             "optimizer.",
+            "model.attention",
             *(
                 f"training.{field.name}"
                 for field in dataclasses.fields(TrainingConfig)
@@ -71,6 +76,8 @@ _WITHOUT_USE = (
 )
 # By command: an option, another one that overrides it, and why.
 _SAMPLED = ("decoding.beam_size", "decoding.sampling", "which draws translations and has no beam")
+_OF_SEARCH = ("beam_size", "length_penalty", "min_length")
+_OF_SEARCH += ("sampling", "sampling_temperature", "sampling_top_k", "sampling_top_p", "sampling_seed")
 _CHOSEN = ("decoding.average", "checkpoint", "which says whose parameters are taken")
 _TAKEN_OVER = tuple(
     (f"data.{name}", "training.initialize_from", "whose tokenizer is taken")
@@ -82,7 +89,11 @@ _OVERRIDDEN = {
     "translate": (_SAMPLED, _CHOSEN),
     "score": (_CHOSEN,),
     "evaluate": (_SAMPLED, _CHOSEN),
-    "explain": (_SAMPLED, _CHOSEN),
+    "explain": (
+        _SAMPLED,
+        _CHOSEN,
+        *((f"decoding.{name}", "target", "which is shown as it is") for name in _OF_SEARCH),
+    ),
     "benchmark decode": (
         ("decoding.beam_size", "beams", "which says which beams are measured"),
         ("decoding.tokens_per_batch", "batches", "which says how many sentences are translated at once"),

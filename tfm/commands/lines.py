@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import gzip
 import json
 import os
@@ -20,6 +21,9 @@ from tfm.text import finite
 
 STANDARD_STREAM = Path("-")
 """How standard output, or input, is named where a file is expected."""
+
+JSON_BEGINS = b'{"line": 1, "translations": '
+"""How what `translate --format=jsonl` writes begins."""
 
 _SECONDS_OF_SILENCE = 1.0  # between looks at a pipe that does not say when there is more
 
@@ -139,6 +143,7 @@ class Output:
                 return
             self._is_new = not (resume and path.exists())
             self._file = path.open("x+b" if self._is_new else "r+b", buffering=0)
+            self._lock(path)
             self._whole = 0
             if resume:
                 self._count()
@@ -146,6 +151,16 @@ class Output:
             raise InputError(f"{path}: exists already: remove it or name another --output{self._hint}") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def _lock(self, path: Path) -> None:
+        """Keeps another process from going on behind lines of which this one will write more; it ends with the file."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(f"{path}: another process is writing it: wait for it to end, or name another") from error
+        except OSError:  # a disk that knows no locks
+            pass
 
     def _count(self) -> None:
         offset = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tfm.commands.lines import (
+    JSON_BEGINS,
     Output,
     json_line,
     opened,
@@ -30,8 +32,8 @@ class Arguments(Models):
     source: Path
     """File of source sentences, one a line (.gz too)."""
     target: Path
-    """File with a translation of each; one that ends in .jsonl is of `translate --format=jsonl`, and the very tokens
-    of its best translations are scored."""
+    """File with a translation of each; one that ends in .jsonl, or begins as `translate --format=jsonl` does, is of
+    that, and the very tokens of its best translations are scored."""
     output: Path | None = None
     """File to write, which must not exist, in place of standard output."""
     format: Literal["text", "jsonl"] = "text"
@@ -61,7 +63,10 @@ def main(argv: list[str]) -> int:
         translator = Translator.load(arguments.workdir, config, arguments.checkpoint, arguments.ensemble)
         start = time.perf_counter()
         sources, targets = map(raw_lines, files)
-        is_json = arguments.target.name.removesuffix(".gz").endswith(".jsonl")
+        beginning = list(itertools.islice(targets, 1))
+        targets = itertools.chain(beginning, targets)
+        named = arguments.target.name.removesuffix(".gz").endswith(".jsonl")
+        is_json = named or any(line.startswith(JSON_BEGINS) for line in beginning)  # a pipe has no name
         given = _best_tokens(targets, arguments.target) if is_json else text_lines(targets)
         for window in translator.score_windows(text_lines(sources), given):
             if output is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tfm.commands.lines import (
+    JSON_BEGINS,
     STANDARD_STREAM,
     Output,
     json_line,
@@ -41,9 +42,6 @@ class Arguments(Models):
     prefixes: Path | None = None
     """File with the text that each translation has to begin with, one a line; an empty line leaves it free. Blanks at
     its ends count for nothing, so that its last word may be continued."""
-
-
-_JSON_BEGINS = b'{"line": 1, "translations": '
 
 
 def main(argv: list[str]) -> int:
@@ -96,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 def _refuse_other_format(arguments: Arguments, target: Output) -> None:
     """Raises InputError where what is to be gone on with is not what this command writes."""
-    is_json = target.begins_with.startswith(_JSON_BEGINS)
+    is_json = target.begins_with.startswith(JSON_BEGINS)
     if target.lines and is_json != (arguments.format == "jsonl"):
         found = "jsonl" if is_json else "text"
         raise InputError(

@@ -29,7 +29,7 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], language
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    bleu = BLEU(tokenize=_BLEU_TOKENS.get(re.split("[-_]", language.lower())[0]))
+    bleu = BLEU(tokenize=_BLEU_TOKENS.get(_without_region(language)))
     scores = {}
     for name, metric in (("bleu", bleu), ("chrf", CHRF())):
         value = metric.corpus_score(list(hypotheses), [list(references)]).score
@@ -38,11 +38,13 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], language
 
 
 def tokenised_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score | None:
-    """BLEU of lower-cased text in Moses' tokens, which papers on small corpora report; None without sacremoses.
+    """BLEU of lower-cased text in Moses' tokens, which papers on small corpora report.
 
-    Not to be compared with `corpus_scores`: it counts other tokens, and does not see case.
+    None without sacremoses, and for languages without blanks, of which Moses would take a sentence for a token. Not to
+    be compared with `corpus_scores`: it counts other tokens, and does not see case.
     """
-    if importlib.util.find_spec("sacremoses") is None:
+    language = _without_region(language)
+    if importlib.util.find_spec("sacremoses") is None or language in _BLEU_TOKENS:
         return None
     from sacrebleu.metrics import BLEU
     from sacremoses import MosesPunctNormalizer, MosesTokenizer
@@ -54,4 +56,9 @@ def tokenised_bleu(hypotheses: Sequence[str], references: Sequence[str], languag
 
     metric = BLEU(tokenize="none", lowercase=False, force=True)
     value = metric.corpus_score(tokens(hypotheses), [tokens(references)]).score
-    return Score(value, f"lower-cased, sacremoses tokens|{metric.get_signature().format(short=False)}")
+    return Score(value, f"lower-cased, sacremoses tokens of {language}|{metric.get_signature().format(short=False)}")
+
+
+def _without_region(language: str) -> str:
+    """`zh_CN` -> `zh`."""
+    return re.split("[-_]", language.lower())[0]

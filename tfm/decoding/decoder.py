@@ -8,7 +8,6 @@ search waits for another device, unless heads and vocabulary are split over `ten
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ from tfm.decoding.beam import beam_search
 from tfm.decoding.vocabulary import Vocabulary
 from tfm.model import transformer
 from tfm.model.transformer import Transformer, abstract_parameters
-
-_log = logging.getLogger(__name__)
 
 _SHORTEST_BUCKET = 16
 # A batch for those that were given up has this part of the rows of another: there are few.

@@ -95,9 +95,10 @@ def explain(loaded: Loaded, source: str, target: str | None = None) -> Explanati
     translator.set_parameters(parameters)
     tokens = translator.translate([source])[0].hypotheses[0].tokens if target is None else target
     (scored,) = translator.score([source], [tokens])
-    if np.isnan(scored.log_prob):
+    if not scored.token_log_probs:
         raise InputError("the target is longer than what is scored: raise decoding.max_source_length")
-    target_ids = tokenizer.ids(scored.tokens)
+    # A given text may have signs that the tokenizer has no piece for.
+    target_ids = tokenizer.ids(scored.tokens) if target is None else tokenizer.encode([target])[0]
     with jax.set_mesh(loaded.mesh):
         found = sharding.on_host(_weights(model, parameters, _row([*source_ids, EOS]), _row([BOS, *target_ids])))
     return Explanation(
@@ -121,14 +122,23 @@ def _weights(model: Transformer, parameters: Any, source_1S: jax.Array, inputs_1
     return all_attention_weights(model, parameters, source_1S, source, inputs_1T, target)
 
 
+def _of_layer(weights_NHQK: npt.NDArray[np.float32], layer: int | None) -> npt.NDArray[np.float32]:
+    """The weights of one layer, from 1, or of all. Raises InputError where there is none of that number."""
+    depth = len(weights_NHQK)
+    if layer is not None and not 1 <= layer <= depth:
+        raise InputError(f"layer {layer}: the stack has layers 1 to {depth}")
+    return weights_NHQK if layer is None else weights_NHQK[layer - 1 : layer]
+
+
 def table(explanation: Explanation, attention: Attention = "cross", layer: int | None = None) -> str:
     """A line for each query: its token, in cross- and the decoder's attention its log-probability, where it looks most.
 
-    Weights are means over the heads, and over the layers unless one is chosen, from 1.
+    Weights are means over the heads, and over the layers unless one is chosen, from 1. Raises InputError at a layer
+    that is none.
     """
     queries, keys = explanation.labels(attention)
-    weights_NHQK = explanation.weights(attention)
-    weights_QK = (weights_NHQK if layer is None else weights_NHQK[layer - 1 : layer]).mean(axis=(0, 1))
+    weights_NHQK = _of_layer(explanation.weights(attention), layer)
+    weights_QK = weights_NHQK.mean(axis=(0, 1))
     log_probs = [f"{value:.2f}" for value in explanation.token_log_probs] if attention != "encoder" else []
     rows = [("", "token", *(["log prob"] if log_probs else []), "looks at")]
     for query, token in enumerate(queries):
@@ -143,12 +153,12 @@ def table(explanation: Explanation, attention: Attention = "cross", layer: int |
 def draw(explanation: Explanation, path: Path, attention: Attention = "cross", layer: int | None = None) -> None:
     """Draws an attention as a PNG: a panel for each layer, the mean of its heads; of one layer, a panel for each head.
 
-    Raises InputError where it cannot be written.
+    Raises InputError at a layer that is none, and where it cannot be written.
     """
     from matplotlib.figure import Figure
 
-    weights_NHQK = explanation.weights(attention)
-    panels = weights_NHQK.mean(axis=1) if layer is None else weights_NHQK[layer - 1]
+    weights_NHQK = _of_layer(explanation.weights(attention), layer)
+    panels = weights_NHQK.mean(axis=1) if layer is None else weights_NHQK[0]
     queries, keys = explanation.labels(attention)
     columns = min(len(panels), 4 if len(keys) <= 16 else 2)
     rows = -(-len(panels) // columns)

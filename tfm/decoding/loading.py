@@ -58,7 +58,7 @@ def load_models(
         members.append((other, other.config, which if which is not None else other.config.decoding.average))
     models, parameters, steps = [], [], []
     for its_run, its_config, which in members:
-        dtype = compute_dtype(its_config.model, mesh.devices.flat[0].platform)
+        dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)  # one for all: their logits are averaged
         model = Transformer(its_config.model, tokenizer.vocab_size, dtype)
         boxed = abstract_parameters(model)
         abstract = sharding.unboxed(boxed)

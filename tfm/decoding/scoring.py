@@ -84,6 +84,8 @@ def _scored(
             length = len(targets[index])
             values = log_probs_BT[row, :length]
             total = float(np.sum(values, dtype=np.float32))
+            if math.isnan(total):
+                _log.warning("line %d: the model gives no probabilities: its score means nothing", first + index)
             score = penalised(total, length - 1, decoder.config.length_penalty)
             pieces = tuple(tokenizer.pieces(targets[index][:-1]))
             scored[index] = Scored(pieces, tuple(values.tolist()), total, score)

@@ -102,7 +102,9 @@ class Translator:
           mesh: the devices to decode on; all there are, with `mesh.tensor` of the config, when None.
           scores: as for the constructor.
 
-        Raises InputError where there is no usable run, or where one has another tokenizer.
+        Raises:
+          InputError: no usable run, one with another tokenizer, or a config of another model.
+          ConfigError: a `mesh.tensor` that does not divide the model.
         """
         loaded = load_models(workdir, config, checkpoint, ensemble, mesh)
         translator = cls(loaded.models, loaded.mesh, loaded.tokenizer, loaded.config.decoding, scores=scores)
@@ -129,6 +131,10 @@ class Translator:
         Args:
           lines: of text.
           prefixes: text that the translation of each line begins with; an empty one leaves it free.
+
+        Raises:
+          InputError: prefixes that are more or fewer than the lines, too long, or of what is never generated.
+          TypeError: one text in place of several, or what is none.
         """
         return [translation for window in self.windows(lines, prefixes) for translation in window]
 
@@ -139,6 +145,7 @@ class Translator:
 
         What is there is translated at once, up to `window_lines`; while the devices work, the next lines are read and
         tokenized, and the last ones detokenized. `first` is the number of the first line, in messages and for draws.
+        Raises what `translate` does, once what stands before has been given.
         """
         lines = checked(several(lines, "lines"), "line", first)
         has_prefixes = prefixes is not None
@@ -285,7 +292,9 @@ class Translator:
           targets: lines of text, or the pieces of each, such as `Hypothesis.tokens`, which may be pieces that the
             tokenizer would not have cut the text into.
 
-        Raises InputError at a piece that the tokenizer doesn't have, and where one side has more lines than the other.
+        Raises:
+          InputError: a piece that the tokenizer doesn't have, or more lines on one side than on the other.
+          TypeError: one text in place of several, or what is none.
         """
         return [scored for window in self.score_windows(sources, targets) for scored in window]
 
