@@ -164,7 +164,8 @@ class OptimizerConfig:
     clip_norm: float = _at_least(0, 0.0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     ema_decay: float = _share(0.0)
-    """Decay of the parameters' moving average, which evaluation and translation then use; 0 is off."""
+    """Decay of the parameters' moving average, which evaluation and translation then use; 0 is off. After n updates it
+    is at most (1 + n) / (10 + n), so that the average is over the last ninth of a short run."""
 
 
 @dataclasses.dataclass(frozen=True)
