@@ -14,7 +14,12 @@ def test_a_model_learns_to_reverse_sequences(reversal, tiny_config, tmp_path):
         {
             **{"model.d_model": 64, "model.d_ff": 128, "model.num_heads": 4, "model.dropout_rate": 0.0},
             **{"model.encoder_layers": 2, "model.decoder_layers": 2},
-            **{"optimizer.name": "muon", "optimizer.schedule": "cosine", "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 25},
+            **{
+                "optimizer.name": "muon",
+                "optimizer.schedule": "cosine",
+                "optimizer.learning_rate": 1e-2,
+                "optimizer.warmup_steps": 25,
+            },
             **{"optimizer.clip_norm": 1.0, "training.label_smoothing": 0.0, "training.unroll_layers": 2},
             **{"training.target_tokens_per_batch": 1024, "training.steps": 150, "training.log_every": 15},
             **{"training.evaluate_sentences": 40},

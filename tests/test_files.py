@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec.config
 import pytest
 
+from tests.disk import to_disk
 from tfm.config import InputError
 from tfm.files import as_path, at_home, remove_tree, write_atomically
 
@@ -52,3 +53,9 @@ def test_what_a_link_leads_to_is_not_removed_with_it(tmp_path):
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "kept")
     remove_tree(tmp_path / "tree")
     assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after_it(tmp_path, monkeypatch):
+    done = to_disk(monkeypatch)
+    write_atomically(tmp_path / "file", b"x")
+    assert done == [f"{tmp_path}/.file.{os.getpid()}.tmp", f"replace {tmp_path}/file", str(tmp_path)]

@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from tfm import hosts
-from tfm.config import Config, ConfigError, HostsConfig, InputError
+from tfm.config import Config, ConfigError, HostsConfig, InputError, fields_of
 from tfm.training.signals import stop_signals
 
 
@@ -226,3 +226,30 @@ def test_a_run_remembers_no_hosts(tmp_path):
 def test_signals_of_one_host_are_its_own():
     with stop_signals() as stop:
         assert not stop.after_step(1)
+
+
+def test_other_code_on_the_last_host_is_named(monkeypatch):
+    client = Client()
+    monkeypatch.setattr(hosts, "_client", lambda: client)
+    monkeypatch.setattr(hosts, "count", lambda: 3)
+    monkeypatch.setattr(hosts, "index", lambda: 0)
+    mine = {name: repr(value) for name, value in fields_of(Config()).items() if not name.startswith("hosts.")}
+    mine |= {"the code of tfm": hosts.code_hash(), "the version of JAX": jax.__version__}
+    other = mine | {"the code of tfm": "other"}
+    client.values = {"tfm/config/1": json.dumps(mine), "tfm/config/2": json.dumps(other)}
+    with pytest.raises(ConfigError, match=r"the code of tfm is \w+ on host 0 and other on host 2"):
+        hosts._refuse_different_hosts(Config())
+
+
+def test_none_goes_on_before_all_have_said_whether_they_agree(monkeypatch):
+    client, asked = Client(), []
+    monkeypatch.setattr(hosts, "_client", lambda: client)
+    monkeypatch.setattr(hosts, "count", lambda: 3)
+    monkeypatch.setattr(hosts, "_get", lambda key: asked.append(key) or "false")
+    assert not hosts.all_agree(False) and len(asked) == 3
+
+
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_is_none_is_named(port):
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        hosts._start(HostsConfig(coordinator=f"localhost:{port}", count=2, index=0))

@@ -38,3 +38,17 @@ def test_the_first_host_is_not_so_patient_that_it_is_ended_before_it_shows_where
         with Watchdog(limits) as watchdog:
             watchdog.begins("stepping")
         assert 0 < armed.pop() - limits.step_timeout < hosts._patience(limits.heartbeat_timeout) / 2
+
+
+def test_work_without_a_limit_has_not_that_of_the_work_before(monkeypatch):
+    timers = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: timers.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", timers.clear)
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    with Watchdog(HostsConfig(evaluation_timeout=0)) as watchdog:
+        watchdog.begins("stepping")
+        assert timers
+        watchdog.begins("evaluating")
+        assert not timers
+        watchdog.begins("stepping")
+    assert not timers

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.states import abstract, assert_same, flip_bit, small_state
+from tests.disk import to_disk
 from tfm import hosts
 from tfm.checkpoint import Checkpointer, CheckpointReader, RunDirectory
+from tfm.checkpoint import checkpointer as module
+from tfm.checkpoint import manifest as manifests
 from tfm.config import InputError
 
 
@@ -239,3 +242,55 @@ def test_a_kill_at_any_moment_loses_no_finished_step(tmp_path):
         assert all(np.all(w == restored.step) for w in restored.state["parameters"].values())
         assert not [path for path in (run.checkpoints_path / "damaged").glob("*/manifest.json")]
         last = restored.step
+
+
+def test_as_many_of_the_best_are_kept_as_are_asked_for(run):
+    with Checkpointer(run, keep_last=1, keep_best=2) as checkpointer:
+        for step, metric in enumerate([5.0, 7.0, 6.0, 1.0], start=1):
+            checkpointer.save(step, small_state(step))
+            checkpointer.note(step, metric)
+    assert CheckpointReader(run).steps() == [2, 3, 4]
+
+
+def test_what_is_removed_first_loses_its_name(run, monkeypatch):
+    """A kill half-way would leave a damaged step otherwise."""
+    removed = []
+    monkeypatch.setattr(module, "remove_tree", lambda path: removed.append(path.name))
+    with Checkpointer(run, keep_last=1, keep_best=0) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, small_state(step))
+    assert removed == ["removing-1"] and not (run.checkpoints_path / "1").exists()
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(run, monkeypatch):
+    done = to_disk(monkeypatch)
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(1, small_state(1))
+    directory = run.checkpoints_path / "1"
+    at = done.index(f"replace {directory / 'manifest.json'}")
+    assert {str(directory / name) for name in manifests.read(directory).files} <= set(done[:at])
+    assert str(run.checkpoints_path) in done[at:]
+
+
+def test_a_first_save_that_was_cut_off_is_no_hindrance(run):
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(1, small_state(1))
+    (run.checkpoints_path / "1" / "manifest.json").unlink()
+    with Checkpointer(run) as checkpointer:
+        assert checkpointer.resume(abstract(small_state(0))) is None
+        checkpointer.save(1, small_state(1))
+    assert CheckpointReader(run).steps() == [1]
+
+
+def test_a_host_whose_save_failed_does_not_keep_the_first_waiting(run, monkeypatch):
+    class Failed:
+        def result(self):
+            raise OSError(errno.EIO, "no disk")
+
+    directory = run.checkpoints_path / "1"
+    directory.mkdir(parents=True)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(hosts, "index", lambda: 1)
+    monkeypatch.setattr(hosts, "agreed", lambda value: value)
+    Checkpointer(run)._finish(Failed(), manifests.Manifest(1, {}, None, "higher", None, {}, {}))
+    assert manifests.take_over(directory, 2) == [None]

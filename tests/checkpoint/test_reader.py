@@ -157,3 +157,18 @@ def test_a_run_directory_can_be_copied_and_read_elsewhere(saved, tmp_path):
     elsewhere = shutil.copytree(saved, tmp_path / "a directory, moved")
     restored = CheckpointReader(RunDirectory.open(elsewhere)).restore(abstract(small_state(0)))
     assert_same(restored.state, small_state(3))
+
+
+def test_the_best_are_of_those_that_were_evaluated(run):
+    with Checkpointer(run, keep_last=9) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, small_state(step))
+            if step < 3:
+                checkpointer.note(step, float(step))
+    parameters = abstract(small_state(0)["parameters"])
+    assert CheckpointReader(run).restore_parameters(parameters, "best:3").steps == (2, 1)
+
+
+def test_a_step_under_another_number_is_damaged(copy):
+    (copy.checkpoints_path / "3").rename(copy.checkpoints_path / "30")
+    assert CheckpointReader(copy).restore(abstract(small_state(0))).step == 2

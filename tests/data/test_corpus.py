@@ -198,3 +198,10 @@ def test_length_ratio_is_taken_with_five_added():
     source, target = np.array([49, 50, 1, 1]), np.array([1, 1, 49, 50])
     keep = check_lengths(report, 1, np.zeros(4, bool), source, target, (256, 256), max_ratio=9.0)
     assert keep.tolist() == [True, False, True, False]  # (49 + 5) / (1 + 5) = 9
+
+
+def test_files_may_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_pair(tmp_path, b"a\n", b"b\n")
+    [corpus] = open_corpora(DataConfig(corpus=("text:~/{split}.{lang}",)))
+    assert corpus.has_split("train")

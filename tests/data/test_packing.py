@@ -232,3 +232,11 @@ def test_describe():
 def test_planning_needs_no_jax():
     code = "import sys, tfm.data.packing; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_fewer_counts_recalled_than_known_change_none():
+    first, second = _plan([Table(1000)]), _plan([Table(1000)])
+    first.rows(0, 900)
+    second.rows(0, 1)
+    second.recall(first.counts())
+    assert second.counts()[: len(first.counts())] == first.counts()

@@ -1,10 +1,12 @@
 """Pairs in shards: many read as one, none without pairs, and those that lie in memory."""
 
+import types
+
 import numpy as np
 
 from tests.data.stores import config, source_lengths
 from tfm.data import checks, shards, store_builder
-from tfm.data.shards import PairTable, Shard
+from tfm.data.shards import PairTable, Shard, StoreWriter, map_shard
 from tfm.data.store import prepare
 
 
@@ -42,3 +44,13 @@ def test_a_table_of_a_shard_in_memory():
     table = PairTable("memory", 1.0, [shard])
     assert [[side.tolist() for side in table.pair(i)] for i in range(2)] == [[[5, 1], [8, 1]], [[6, 7, 1], [1]]]
     assert table.lengths("source", np.array([1, 0, 1])).tolist() == [3, 2, 3]
+
+
+def test_ids_of_a_large_vocabulary_are_whole(tmp_path):
+    writer = StoreWriter(tmp_path, types.SimpleNamespace(vocab_size=70_000, model=b""))
+    writer.start_table("corpus", "train")
+    ids, lengths = np.array([69_999, 1]), np.array([2])
+    writer.append(ids, lengths, ids, lengths)
+    writer.finish()
+    [shard] = writer.tables[0]["shards"]
+    assert map_shard(tmp_path / shard["file"], shard["arrays"]).side("source", 0).tolist() == [69_999, 1]

@@ -16,6 +16,7 @@ from etils import epath
 from tests.data.stores import config, source_lengths, texts, write_corpus
 from tfm.config import Config, DataConfig, InputError
 from tfm.data import shards, store_builder
+from tfm.data import store as store_module
 from tfm.data.scratch import MARKER
 from tfm.data.store import _cache_of, open_store, prepare, store_directory
 
@@ -79,6 +80,12 @@ def test_store_is_used_again_and_refused_for_other_fields(tmp_path, corpus):
         prepare(config(corpus, vocab_size=300, target_row_length=99), directory)
     assert "data.target_row_length=256 there and 99 here; data.vocab_size=330 there and 300 here" in str(error.value)
     assert "source_row_length" not in str(error.value)
+    others = dict(drop_duplicates=True, max_length_ratio=3.0, segmentations=2, segmentation_alpha=0.5)
+    others |= dict(tokenizer_model="bpe", tokenizer_sample=10, train_split="validation", validation_split="train")
+    others |= dict(source_language="de", target_language="en", corpus=("demo",), source_row_length=99)
+    for name, value in others.items():
+        with pytest.raises(InputError, match=rf"data\.{name}="):
+            prepare(config(corpus, **{name: value}), directory)
     with pytest.raises(InputError, match=r"data\.tokenizer=None there"):
         prepare(config(corpus, tokenizer=str(directory / "tokenizer.model")), directory)
     assert before == {path: path.stat().st_mtime_ns for path in directory.iterdir()}
@@ -290,3 +297,34 @@ def test_a_store_from_before_validation_text_had_tags_is_refused(tmp_path, corpu
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"text=None there and 'tagged' here"):
         prepare(tagged, tmp_path / "store")
+
+
+def test_other_tokens_or_another_tokenizer_have_another_hash(tmp_path, corpus):
+    """By which a run notices that its data is no longer that of its checkpoints."""
+    first = prepare(config(corpus), tmp_path / "a")
+    assert prepare(config(corpus, vocab_size=300), tmp_path / "b").corpus_hash != first.corpus_hash
+    path = corpus / "train.de"
+    path.write_text("".join(f"{line}\n" for line in sorted(path.read_text().split("\n")[:-1])))
+    given = config(corpus, tokenizer=str(first.tokenizer_path))
+    assert prepare(given, tmp_path / "c").corpus_hash != first.corpus_hash
+
+
+def test_a_remote_store_gets_its_manifest_last(tmp_path, corpus, monkeypatch):
+    """What an interrupted upload leaves is then no store."""
+    monkeypatch.setattr(store_module, "_is_remote", lambda path: path.name == "remote")
+    (tmp_path / "remote").mkdir()
+    kind, copied = type(epath.Path(tmp_path)), []
+    copy = kind.copy
+    monkeypatch.setattr(kind, "copy", lambda self, to, **more: copied.append(str(to)) or copy(self, to, **more))
+    prepare(config(corpus, cache_dir=str(tmp_path / "cache")), tmp_path / "remote")
+    uploaded = [to for to in copied if "/remote/" in to]
+    assert len(uploaded) > 1 and uploaded[-1].endswith("/remote/manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("has_begun", "advice"), [(True, "put back what has changed"), (False, "delete it to have it prepared anew")]
+)
+def test_a_refusal_says_what_helps(tmp_path, corpus, has_begun, advice):
+    prepare(config(corpus), tmp_path / "store")
+    with pytest.raises(InputError, match=advice):
+        prepare(config(corpus, vocab_size=300), tmp_path / "store", has_begun=has_begun)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.stores import config, source_lengths, texts, write_corpus
 from tfm.config import Config, InputError
-from tfm.data import store_builder
+from tfm.data import checks, store_builder
 from tfm.data.store import prepare
 from tfm.data.tokenizer import EOS
 
@@ -146,3 +146,42 @@ def test_unusable_corpus_is_refused_and_leaves_nothing(tmp_path, corpus, lines, 
     with pytest.raises(InputError, match=message):
         prepare(config(corpus), tmp_path / "store")
     assert not list(tmp_path.glob("store*"))
+
+
+def test_what_is_dropped_and_named_in_a_later_chunk(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(store_builder, "_CHUNK", 70)
+    for language in ("en", "de"):
+        path = corpus / f"train.{language}"
+        lines = path.read_text().split("\n")[:-1]
+        path.write_text("\n".join([*lines[:200], *lines[150:200], *lines[200:], "red " * 400]) + "\n")
+    store = prepare(config(corpus, drop_duplicates=True), tmp_path / "store")
+    assert texts(store, "train") == write_corpus(tmp_path / "again", "train", range(1000, 1600))
+    assert store.report.splits[0].findings[checks.LONG].first_lines == [651]
+
+
+def test_half_a_validation_split_is_named(tmp_path, corpus):
+    write_corpus(tmp_path / "other", "train", range(2000, 2010))
+    (tmp_path / "other" / "validation.en").write_text("red\n")
+    with pytest.raises(InputError, match=r"other/validation\.de: no such file"):
+        prepare(config(corpus, tmp_path / "other"), tmp_path / "store")
+
+
+def test_two_corpora_may_have_one_tag(tmp_path, corpus):
+    write_corpus(tmp_path / "other", "train", range(2000, 2010))
+    store = prepare(config(corpus, tmp_path / "other", options=";tag=<bt>"), tmp_path / "store")
+    assert store.tokenizer.tag_id("<bt>")
+
+
+def test_the_tokenizer_is_not_trained_on_validation_text(tmp_path, corpus):
+    for language in ("en", "de"):
+        (corpus / f"validation.{language}").write_text("qqq qqq\n" * 40)
+    tokenizer = prepare(config(corpus), tmp_path / "store").tokenizer
+    assert not any("q" in piece for piece in tokenizer.pieces(range(tokenizer.vocab_size)))
+
+
+def test_a_corpus_of_utf_16_is_refused(tmp_path, corpus):
+    for language in ("en", "de"):
+        path = corpus / f"train.{language}"
+        path.write_bytes(path.read_text().encode("utf-16-le"))
+    with pytest.raises(InputError, match="of UTF-16, `iconv"):
+        prepare(config(corpus), tmp_path / "store")

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from tfm import Translator
 from tfm.config import Config, DataConfig, InputError
-from tfm.data import store_builder
+from tfm.data import store_builder, tfds_corpus
 from tfm.data.corpus import open_corpora
 from tfm.data.store import prepare
 from tfm.training.loop import train
@@ -248,3 +248,10 @@ def test_prepared_set_is_read_without_its_code(tmp_path, monkeypatch):
 def test_demo_corpus_has_its_own_languages():
     with pytest.raises(InputError, match="has the languages en and de"):
         read("demo", source="fr")
+
+
+def test_records_are_read_in_parts_and_none_is_lost(monkeypatch):
+    monkeypatch.setattr(tfds_corpus, "_READ", 7)
+    records = [{"en": f"e{n}", "de": f"d{n}"} for n in range(20)]
+    expected = [(f"e{n}".encode(), f"d{n}".encode()) for n in range(20)]
+    assert list(tfds_corpus.read_records(records, "en", "de")) == expected

@@ -322,17 +322,50 @@ def test_a_prefix_is_what_the_translation_begins_with(beam_decoder, sentences, n
 
 
 def test_samples_differ_by_draw_and_seed_and_not_by_company(parameters, sentences):
-    config = dataclasses.replace(CONFIG, sampling=True, n_best=2, sampling_seed=3)
-    decoder = Decoder([MODEL], one_device(), config, BANNED)
-    decoder.set_parameters(parameters)
+    def decoder_of(seed):
+        config = dataclasses.replace(CONFIG, sampling=True, n_best=2, sampling_seed=seed)
+        decoder = Decoder([MODEL], one_device(), config, BANNED)
+        decoder.set_parameters(parameters)
+        return decoder
 
-    def drawn(which, draws):
+    decoder, other = decoder_of(3), decoder_of(4)
+
+    def drawn(which, draws, decoder=decoder):
         tokens = np.asarray(decoder.decode(decoder.buckets[0], [sentences[i] for i in which], None, draws)[0])
         return tokens[: len(which)].tolist()
 
     first = drawn([0, 1, 1, 1], [(10, 0), (11, 0), (12, 0), (11, 1)])
     assert drawn([1, 0], [(11, 0), (10, 0)]) == first[1::-1]
     assert first[1] != first[2] != first[3] != first[1] and first[0][0] != first[0][1]
+    assert drawn([0, 1], [(10, 0), (11, 0)], other)[1] not in (first[1], first[0])
+
+
+def test_a_search_has_the_options_of_its_config(monkeypatch):
+    given = {}
+
+    def noting(search):
+        return lambda *arguments, **options: given.update(options) or search(*arguments, **options)
+
+    monkeypatch.setattr(module.search, "sample", noting(module.search.sample))
+    monkeypatch.setattr(module, "beam_search", noting(module.beam_search))
+    drawn = dataclasses.replace(CONFIG, sampling=True, n_best=2, sampling_temperature=0.7)
+    drawn = dataclasses.replace(drawn, sampling_top_k=5, sampling_top_p=0.8)
+    for config in (drawn, dataclasses.replace(BEAM, length_penalty=1.3)):
+        decoder = Decoder([MODEL], one_device(), config, BANNED)
+        bucket = decoder.buckets[0]
+        search = partial(decoder._search, bucket)
+        jax.eval_shape(search, decoder.abstract_parameters(), decoder._rows(bucket, []))
+    expected = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "samples": 2, "alpha": 1.3, "beams": BEAM.beam_size}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_parameters_are_laid_out_once_those_before_are_gone(parameters, monkeypatch):
+    decoder = Decoder([MODEL], one_device(), CONFIG, BANNED)
+    decoder.set_parameters(parameters)
+    held, lay_out = [], decoder._lay_out
+    monkeypatch.setattr(decoder, "_lay_out", lambda given: (held.append(decoder._parameters), lay_out(given))[1])
+    decoder.set_parameters(parameters)
+    assert held == [None]
 
 
 def test_two_models_of_the_same_parameters_translate_as_one(parameters, sentences, n_best):

@@ -267,3 +267,11 @@ def test_draws_are_the_same_again_and_depend_on_nothing_but_the_key():
     assert len(texts) > 15
     other_seed = drawn(row, samples=5, most=7, sentences=4, seed=1)
     assert not np.array_equal(other_seed.tokens_BWT, found.tokens_BWT)
+
+
+def test_a_draw_has_its_least_tokens():
+    row = np.float32([0, 9, 1, 1])  # which the end is likely to follow at once
+    draw = functools.partial(search.sample, samples=8, temperature=1.0, top_k=0, top_p=1.0, **IDS)
+    keys = jax.random.split(jax.random.key(0), 1)
+    found = jax.jit(lambda: draw(by_last_token([row] * 4), Cache((), 4), limits([3], least=2), keys))()
+    assert np.asarray(found.lengths_BW).min() >= 2

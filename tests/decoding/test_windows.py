@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tfm import hosts
 from tfm.decoding import windows as module
 from tfm.decoding.windows import Windows
 
@@ -88,3 +89,10 @@ def test_a_trickle_is_not_waited_for_till_a_window_is_full():
     windows = everything(Windows(trickle(), 1000))
     assert [item for window in windows for item in window] == list(range(60))
     assert len(windows) > 2
+
+
+def test_several_hosts_do_not_go_by_their_clocks(monkeypatch):
+    """Each would make other batches of an input that comes slowly."""
+    assert module.patience() == module.PATIENCE
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    assert module.patience() is None

@@ -1,5 +1,6 @@
 """Attention against NumPy in float64, and the masks it builds."""
 
+import dataclasses
 import math
 
 import jax
@@ -12,10 +13,12 @@ from tfm.model.attention import (
     MultiHeadAttention,
     Sight,
     Tokens,
+    attend_once,
     attention_mask,
     dot_product_attention,
 )
 from tfm.model.dropout import dropout_key
+from tfm.model.transformer import Transformer, init_parameters
 
 B, T, S, H, D_K, D_V = 3, 7, 9, 4, 8, 5
 
@@ -231,3 +234,25 @@ def test_cudnn_is_not_asked_for_what_it_cannot_do(cudnn, d_k, d_v, length, dtype
     x_BLD = jnp.ones((B, length, 16), dtype)
     jax.eval_shape(lambda: module.init(jax.random.key(0), x_BLD, x_BLD, sight, None, 0))
     assert not cudnn
+
+
+@pytest.mark.parametrize(("rate", "asked"), [(0.0, {"cudnn"}), (0.1, set())])
+def test_a_model_s_kernel_reaches_every_attention_that_drops_no_weights(monkeypatch, rate, asked):
+    kernels = []
+    monkeypatch.setattr("tfm.model.attention._fused", lambda q, k, v, sight: kernels.append(sight.kernel))
+    config = ModelConfig(d_model=16, d_ff=16, num_heads=2, encoder_layers=1, decoder_layers=1)
+    config = dataclasses.replace(config, attention_dropout_rate=rate)
+    model = Transformer(config, 50, jnp.dtype("bfloat16"), attention="cudnn")
+    ids, where = jnp.ones((1, 8), jnp.int32), tokens(np.ones((1, 8), np.int32))
+    parameters = jax.eval_shape(lambda: init_parameters(model, 0))
+    kernels.clear()
+    key = dropout_key(0, jnp.int32(0), jnp.arange(1))
+    jax.eval_shape(lambda p: model.apply({"params": p}, ids, where, ids, where, key), parameters)
+    assert set(kernels) == asked and len(kernels) % 3 == 0  # self-attention of both stacks, and cross-attention
+
+
+def test_a_step_of_decoding_takes_its_softmax_in_float32():
+    q, k = jnp.ones((1, 1, 1, 8), jnp.bfloat16), jnp.ones((1, 1, 2000, 8), jnp.bfloat16)
+    text = jax.jit(attend_once).lower(q, k, k, jnp.ones((1, 2000, 1), bool)).as_text()
+    exponentials = [line for line in text.split("\n") if "stablehlo.exponential" in line]
+    assert exponentials and not any("bf16" in line for line in exponentials)

@@ -7,8 +7,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tfm import sharding
-from tfm.config import MeshConfig
-from tfm.model.attention import Tokens, attention_mask, dot_product_attention
+from tfm.config import MeshConfig, ModelConfig
+from tfm.model.attention import MultiHeadAttention, Sight, Tokens, attention_mask, dot_product_attention
 from tfm.model.fused_attention import fits, fused_attention
 
 BATCH = 2
@@ -99,3 +99,26 @@ def test_sizes_that_fit(queries, keys, heads, width, expected):
     q, k, v, _ = inputs(queries, keys, heads, width)
     assert fits(*map(flat, (q, k, v)), width) is expected
     assert not fits(*(flat(x).astype(jnp.float32) for x in (q, k, v)), width)
+
+
+def test_widths_of_values_and_heads_of_a_device_count():
+    q, k, v, _ = inputs(128, 128, 4, 64)
+    assert not fits(*map(flat, (q, k, v[..., :32])), 64)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, tensor=4))):  # one head of 64 features on each
+        assert not fits(*map(flat, (q, k, v)), 64)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_layer_tells_the_kernel_what_it_sees(causal):
+    target = packed(128, [[50, 51, 121], [128]])
+    source = target if causal else packed(128, [[10, 90, 128], [108]])
+    x, memory = (jnp.asarray(np.random.default_rng(i).normal(size=(2, 128, 128)), jnp.bfloat16) for i in range(2))
+    memory = x if causal else memory
+    layer = MultiHeadAttention(ModelConfig(d_model=128, num_heads=2), jnp.dtype("bfloat16"))
+    sights = [Sight.of(target, source, causal=causal, kernel=kernel) for kernel in ("plain", "pallas")]
+    parameters = layer.init(jax.random.key(0), x, memory, sights[0], None, 0)
+    is_real = np.asarray(target.segments_BL > 0)[..., None]
+    with pltpu.force_tpu_interpret_mode():
+        outputs = (layer.apply(parameters, x, memory, sight, None, 0) for sight in sights)
+        plain, fused = (np.asarray(output, np.float32) * is_real for output in outputs)
+    np.testing.assert_allclose(fused, plain, atol=0.03)

@@ -76,6 +76,16 @@ def test_logits_are_products_with_the_table_in_float32(dtype, tolerance):
     np.testing.assert_allclose(logits, np.asarray(x, np.float64) @ np.asarray(table, np.float64).T, atol=4 * tolerance)
 
 
+def test_logits_of_bfloat16_products_are_not_rounded():
+    """Rounded ones would often be equal, and a search would take the first of them."""
+    rng = np.random.default_rng(0)
+    x, table = jnp.asarray(rng.normal(size=(1, 5, 64)), jnp.bfloat16), jnp.asarray(rng.normal(size=(128, 64)))
+    embedding = Embedding(ModelConfig(d_model=64, num_heads=2), 100, jnp.dtype("bfloat16"))
+    logits = embedding.apply({"params": {"table": table}}, x, method="logits")
+    expected = np.asarray(x, np.float64) @ np.asarray(table.astype(jnp.bfloat16), np.float64).T
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
 def test_layer_norm_is_computed_in_float32():
     """A mean far from zero takes most of what bits bfloat16 has; the variance must not be computed with the rest."""
     x = (100 + random(B, T, 256)).astype(BFLOAT16)

@@ -214,3 +214,38 @@ def test_a_run_directory_on_an_object_store(finished, tmp_path, quiet_evaluation
     shutil.rmtree(there / "checkpoints" / "3")
     assert train(config, "gs://runs/one") == 0  # from step 2 on
     assert [event["step"] for event in logged(there)] == [1, 2, 3]
+
+
+def test_a_run_does_not_go_on_with_other_data(trained, tiny_config, tmp_path, quiet_evaluation):
+    quiet_evaluation.append(1.0)
+    for split in ("train", "validation"):
+        for language in ("en", "de"):
+            (tmp_path / f"{split}.{language}").write_text("one two\nthree four\n")
+    own = {"data.corpus": (f"text:{tmp_path}/{{split}}.{{lang}}",), "data.tokenizer": str(trained / "tokenizer.model")}
+    config = tiny_config({**own, "training.steps": 1})
+    assert train(config, tmp_path / "run") == 0
+    (tmp_path / "train.en").write_text("one two\nthree five\n")
+    shutil.rmtree(tmp_path / "run" / "store")
+    with pytest.raises(InputError, match="the data is not what the checkpoint was trained on"):
+        train(config, tmp_path / "run")
+
+
+def test_a_run_from_another_s_averages_and_validates_as_its_config_says(finished, tiny_config, tmp_path, monkeypatch):
+    start = {"training.initialize_from": str(finished), "optimizer.ema_decay": 0.9}
+    config = tiny_config({**start, "decoding.beam_size": 3, "training.steps": 1})
+    scored = []
+    monkeypatch.setattr(loop, "corpus_scores", lambda found, references, _: scored.append((found, references)) or {})
+    with ExitStack() as stack:
+        run = started(config, tmp_path / "run", stack)
+        assert run.translator.config == config.validation_decoding != config.decoding
+        assert run.go() == 0
+    [(found, references)] = scored
+    assert list(references) == [reference for _, reference in run.validation_text] != list(found)
+
+
+def test_the_curves_of_a_resumed_run_go_on(tiny_config, tmp_path, quiet_evaluation):
+    quiet_evaluation.append(1.0)
+    for steps in (2, 3):
+        assert train(tiny_config({"training.steps": steps}), tmp_path / "run") == 0
+    files = (tmp_path / "run" / "tensorboard").iterdir()
+    assert {path.name.rpartition(".")[2] for path in files} == {"0", "2"}

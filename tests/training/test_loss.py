@@ -168,3 +168,17 @@ def test_devices_add_up_the_gradient_of_the_table_once(case):
 )
 def test_chunks_are_as_few_as_fit(rows, length, vocab, limit, chunks):
     assert chunks_for(rows, length, vocab, limit) == chunks
+
+
+def test_sums_over_a_gradient_s_bfloat16_logits_are_float32():
+    x_BTD, targets_BT = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.zeros((1, 4), jnp.int32)
+
+    def loss(x_BTD, table_VD):
+        return cross_entropy(x_BTD, table_VD, targets_BT, targets_BT == 0, 0.1, 100, 2).loss
+
+    lines = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x_BTD, jnp.ones((128, 8))).as_text().split("\n")
+    exponentials = [line for line in lines if "stablehlo.exponential" in line]
+    assert exponentials and not any("bf16" in line for line in exponentials)
+    # The logits and the gradient of x are bfloat16; the mean of the logits and the gradient of the table are not.
+    results = [line.split("->")[-1] for line in lines if "dot_general" in line]
+    assert sorted("bf16" in result for result in results) == [False, False, True, True]

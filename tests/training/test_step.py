@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,9 @@ from tfm.data.batches import Batch
 from tfm.data.tokenizer import BOS, EOS
 from tfm.hlo.collectives import collectives_of
 from tfm.hlo.program import Program
+from tfm.model.dropout import dropout_key
 from tfm.model.transformer import Transformer
+from tfm.training import step
 from tfm.training.step import Trainer, TrainState, check_rows
 
 ROWS, LENGTH, VOCAB = 16, 16, 100
@@ -175,9 +178,9 @@ def test_rules_for_matrices_over_split_devices_equal_one_device(name):
 
 def test_each_step_and_each_seed_drops_others():
     trainer, losses = whole(), []
-    for step in (3, 4, 3):
+    for number in (3, 4, 3):
         state = initial(trainer)
-        state = state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
+        state = state._replace(step=jax.device_put(np.int32(number), state.step.sharding))
         losses.append(float(steps(trainer, [packed(1)], state)[1][0]["loss"]))
     assert losses[0] == losses[2] and abs(losses[0] - losses[1]) > 1e-4
 
@@ -294,3 +297,50 @@ def test_rows_that_do_not_divide_are_told_with_what_does(rows, parts, expected):
     config = Config(data=DataConfig(source_row_length=16, target_row_length=16), training=training)
     with pytest.raises(ConfigError, match=f"{re.escape(expected)}$"):
         check_rows(config, sharding.make_mesh(MeshConfig()))
+
+
+def test_training_smooths_labels_and_evaluation_does_not():
+    trainer, batch = whole(), packed(1)
+    state = initial(trainer)
+    key = dropout_key(trainer.config.training.seed, state.step, batch.rows)
+    smoothed, plain = (jax.jit(trainer.sums, static_argnums=3)(state.parameters, batch, key, rate) for rate in (0.1, 0))
+    assert abs(smoothed.loss - smoothed.nll) > 0.05 and plain.loss == plain.nll
+    found = trainer.evaluation_step(state.parameters, batch)
+    assert found.loss == found.nll
+    _, metrics = trainer.train_step(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(smoothed.loss / smoothed.tokens), rel=1e-5)
+    assert float(metrics["nll"]) == pytest.approx(float(smoothed.nll / smoothed.tokens), rel=1e-5)
+
+
+def test_the_loss_is_cut_by_what_one_device_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(step, "chunks_for", lambda *sizes: asked.append(sizes) or 1)
+    trainer = trainer_of(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(trainer.mesh):
+        jax.eval_shape(lambda p: trainer.sums(p, packed(1), None, 0.0), trainer.abstract_state.parameters)
+    assert asked == [(ROWS // 4, LENGTH, 128 // 2, step.LOGITS_PER_CHUNK["cpu"])]
+
+
+def test_products_of_the_update_are_as_exact_as_the_model_s():
+    trainer = trainer_of(MeshConfig(data=1), optimizer=dataclasses.replace(SMOOTH, name="muon"))
+    text = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).as_text()
+    products = [line for line in text.split("\n") if "dot_general" in line]
+    assert len(products) > 20 and all("HIGHEST" in line for line in products)
+
+
+def test_compiler_options_of_the_platform_reach_the_compiler(monkeypatch):
+    monkeypatch.setitem(step._COMPILER_OPTIONS, "cpu", {"xla_no_such_option": True})
+    trainer = trainer_of(MeshConfig(data=1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
+
+
+@pytest.mark.parametrize(("deterministic", "attention"), [(False, "cudnn"), (True, "plain")])
+def test_the_model_of_a_gpu_is_unrolled_and_has_a_kernel_where_order_does_not_matter(
+    monkeypatch, deterministic, attention
+):
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    config = Config(training=TrainingConfig(deterministic=deterministic, remat="dots"))
+    model = step.training_model(config, 100, "gpu")
+    assert (model.attention, model.remat, model.unroll, model.dtype.name) == (attention, "dots", 6, "bfloat16")
+    assert step.training_model(config, 100, "tpu").unroll == 1

@@ -225,7 +225,7 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
     """Cuts what metrics.jsonl says of steps after `step`, so that a resumed run logs each step once.
 
     A last line without its end, which a kill leaves, goes too, and so does a line that is not JSON (with a warning).
-    Lines without a step stay. Returns the number of lines cut; the file is replaced in one move, or left as it is.
+    Returns the number of lines cut; the file is replaced in one move, or left as it is.
     Raises InputError when the file is a link, or when the shorter log has no room on the disk.
     """
     path = as_path(path)

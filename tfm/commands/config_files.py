@@ -21,7 +21,11 @@ def load_config(name: str) -> Config:
     """
     path = _config_path(name)
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
+        source = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        code = compile(source, str(path), "exec")
         namespace: dict[str, Any] = {"__name__": f"config {path.stem}", "__file__": str(path)}
         exec(code, namespace)
         if "get_config" not in namespace:
@@ -31,8 +35,6 @@ def load_config(name: str) -> Config:
             raise InputError(f"{path}: get_config() returned {type(config).__name__}, not a tfm.config.Config")
         check_types(config := _with_tuples(config))
         return config
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except SyntaxError as error:
         raise InputError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except ConfigError as error:
