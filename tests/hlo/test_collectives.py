@@ -171,3 +171,14 @@ def test_a_real_program_with_known_collectives():
     found = collectives_of(Program(compiled.as_text()), 8)
     assert traffic(found) == {"all-reduce": Traffic(5, 5 * 8 * 64 * 4.0)}
     assert found[0].group == (0, 1, 2, 3)
+
+
+def test_what_a_device_says_to_itself_is_nothing():
+    for operation in (
+        "ROOT %r = f32[64]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}",
+        "ROOT %r = f32[64]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add",
+    ):
+        assert collectives_of(Program(HEAD.replace("OPERATION", operation)), 2) == []
+    partly = "ROOT %r = f32[64]{0} collective-permute(%x), source_target_pairs={{0,0},{1,2},{2,1}}"
+    (found,) = collectives_of(Program(HEAD.replace("OPERATION", partly)), 3)
+    assert (found.kind, found.group) == ("collective-permute", (1, 2))

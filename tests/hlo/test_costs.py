@@ -170,3 +170,76 @@ def test_layers_in_a_loop_and_side_by_side_have_the_same_flops(tiny_config):
 def test_elementwise_flops_are_those_of_xla():
     compiled = jax.jit(lambda x: jnp.sum(jnp.maximum(x * x + 1.0, 3.0), axis=0)).lower(jnp.ones((64, 32))).compile()
     assert flops(Program(compiled.as_text()))[1] == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
+
+
+NESTED = """HloModule m
+
+%row (r0: f32[1,600], r1: s32[]) -> f32[1,100] {
+  %r0 = f32[1,600]{1,0} parameter(0)
+  %r1 = s32[] parameter(1)
+  %none = s32[] constant(0)
+  ROOT %part = f32[1,100]{1,0} dynamic-slice(%r0, %none, %r1), dynamic_slice_sizes={1,100}
+}
+
+%both (p0: f32[6,100], p1: s32[]) -> (f32[1,100], f32[6,100]) {
+  %p0 = f32[6,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %flat = f32[1,600]{1,0} bitcast(%p0)
+  %one = f32[1,100]{1,0} fusion(%flat, %p1), kind=kLoop, calls=%row
+  %zero = s32[] constant(0)
+  %updated = f32[6,100]{1,0} dynamic-update-slice(%p0, %one, %p1, %zero)
+  %viewed = f32[6,100]{1,0} bitcast(%updated)
+  ROOT %results = (f32[1,100]{1,0}, f32[6,100]{1,0}) tuple(%one, %viewed)
+}
+
+ENTRY %main (x: f32[6,100], i: s32[]) -> (f32[1,100], f32[6,100]) {
+  %x = f32[6,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %made = (f32[1,100]{1,0}, f32[6,100]{1,0}) fusion(%x, %i), kind=kLoop, calls=%both
+}
+"""
+
+
+def test_slices_and_updates_are_seen_through_views_and_fusions_within_fusions():
+    """A row is read, and written twice: as one of two results, and as the update of the other."""
+    assert bytes_accessed(Program(NESTED))[1] == 400 + 4 + 400 + 400
+
+
+def test_a_gather_reads_what_it_takes():
+    text = """HloModule m
+
+ENTRY %main (x: f32[60,100], i: s32[2,1]) -> f32[2,100] {
+  %x = f32[60,100]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  ROOT %rows = f32[2,100]{1,0} gather(%x, %i), offset_dims={1}, slice_sizes={1,100}
+}
+"""
+    assert bytes_accessed(Program(text))[1] == 2 * 800
+
+
+def test_a_slice_that_is_copied_counts_thrice_with_xla():
+    text = """HloModule m
+
+ENTRY %main (x: f32[100]) -> f32[10] {
+  %x = f32[100]{0} parameter(0)
+  %start = ((f32[100]{0}), f32[10]{0:S(1)}, u32[]) slice-start(%x), slice={[0:10]}
+  ROOT %done = f32[10]{0:S(1)} slice-done(%start)
+}
+"""
+    assert copied_bytes_by_xla(Program(text)) == 3 * 40
+    assert bytes_accessed(Program(text))[1] == 2 * 40
+
+
+def test_a_dilated_kernel_meets_less_of_its_input():
+    """Two taps, three apart, at three places: of six, four meet an element, and two the padding."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[1,4,8], w: f32[2,8,16]) -> f32[1,3,16] {
+  %x = f32[1,4,8]{2,1,0} parameter(0)
+  %w = f32[2,8,16]{2,1,0} parameter(1)
+  ROOT %y = f32[1,3,16]{2,1,0} convolution(%x, %w), window={size=2 pad=1_1 rhs_dilate=3}, dim_labels=b0f_0io->b0f
+}
+"""
+    taps = sum(0 <= place + 3 * tap - 1 < 4 for place in range(3) for tap in range(2))
+    assert taps == 4
+    assert flops(Program(text))[1] == 2 * taps * 8 * 16

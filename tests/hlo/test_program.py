@@ -111,3 +111,28 @@ def test_a_real_program_is_read():
     text = jax.jit(loop).lower(jnp.ones((8, 8))).compile().as_text()
     found = [times for _, instruction, times, _ in Program(text).executed() if instruction.opcode == "dot"]
     assert found == [7]
+
+
+def test_every_branch_is_counted():
+    text = """HloModule m
+
+%yes (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %more = f32[4]{0} add(%a, %a)
+}
+
+%no (b: f32[4]) -> f32[4] {
+  %b = f32[4]{0} parameter(0)
+  ROOT %less = f32[4]{0} negate(%b)
+}
+
+ENTRY %main (p: pred[], i: s32[], x: f32[4]) -> f32[4] {
+  %p = pred[] parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[4]{0} parameter(2)
+  %y = f32[4]{0} conditional(%p, %x, %x), true_computation=%yes, false_computation=%no
+  ROOT %z = f32[4]{0} conditional(%i, %y, %y), branch_computations={%yes, %no}
+}
+"""
+    found = [instruction.name for _, instruction, _, _ in Program(text).executed()]
+    assert found.count("more") == found.count("less") == 2
