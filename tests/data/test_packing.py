@@ -152,7 +152,7 @@ def test_row_counts_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(RowMemory, "TIMES_WRITING", 0)
     table = Table(1000)
     expected = _plan([table], memory=tmp_path).rows(600, 620)
-    assert [path.name[:5] for path in tmp_path.iterdir()] == ["plan-"]
+    assert "plan-" in [path.name[:5] for path in tmp_path.iterdir()]  # and the draft of a window that is planned ahead
 
     resumed = _plan([table], memory=tmp_path)
     planned = []

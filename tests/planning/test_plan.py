@@ -55,7 +55,8 @@ def test_a_plan_for_a_slice(tiny_config, simulated):
     times = [plan[f"{part}_seconds"] for part in ("compute", "memory", "interconnect")]
     assert plan["predicted_step_seconds"] == max(times)
     assert plan["predicted_step_seconds_as_sum"] == pytest.approx(sum(times))
-    assert times[0] == plan["flops_per_chip_by_xla"] / SLICE.chip.peak_flops
+    # Of float32, a product of which is six of bfloat16.
+    assert times[0] == pytest.approx(plan["flops_per_chip_by_xla"] * 6 / SLICE.chip.peak_flops)
     assert times[2] == pytest.approx(2 * 7 / 8 * summed / (2 * SLICE.chip.link_bandwidth))
     assert plan["predicted_target_tokens_per_second"] == 512 / max(times)
     memory = plan["memory_per_chip"]
