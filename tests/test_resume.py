@@ -119,13 +119,13 @@ def uninterrupted(config_path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(config_path, uninterrupted, tmp_path_factory) -> Path:
-    """A run that was killed at two random steps, and ended after all."""
+    """A run that was killed at three random steps, and ended after all."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
     shutil.copytree(uninterrupted / "store", workdir / "store")
     seed = random.SystemRandom().randrange(2**32)
     print("seed of the steps to be killed at:", seed)
     generator = random.Random(seed)
-    for first, last in ((1, 14), (16, 30)):
+    for first, last in ((1, 9), (12, 20), (23, 30)):
         process = Process(config_path, workdir)
         process.signal_at(generator.randint(first, last), signal.SIGKILL)
         assert process.status() == -signal.SIGKILL
