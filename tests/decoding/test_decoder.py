@@ -10,29 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tfm.config import ConfigError, DecodingConfig, MeshConfig, ModelConfig
+from tests.decoding.decoders import BANNED, BEAM, CONFIG, EXTRA, MODEL, VOCAB, one_device
+from tfm.config import DecodingConfig, MeshConfig
 from tfm.data.tokenizer import BOS, EOS, PAD, UNK
 from tfm.decoding import decoder as module
-from tfm.decoding.decoder import Bucket, Decoder, Sentences, bucket_of
+from tfm.decoding.decoder import Bucket, Decoder, Sentences
 from tfm.hlo.program import Program
 from tfm.model.attention import Tokens
-from tfm.model.transformer import Transformer, abstract_parameters, init_parameters, unstack, unstack_axes
+from tfm.model.transformer import Transformer, init_parameters
 from tfm.planning.topology import devices_of, topology_of
-from tfm.sharding import make_mesh, unboxed
+from tfm.sharding import make_mesh
 
-VOCAB = 100
-EXTRA = 6
-MODEL = Transformer(
-    ModelConfig(d_model=16, d_ff=32, num_heads=4, d_v=2, encoder_layers=1, decoder_layers=1, norm="pre"), VOCAB
-)
-CONFIG = DecodingConfig(beam_size=1, max_source_length=24, tokens_per_batch=128, max_extra_tokens=EXTRA)
-BEAM = dataclasses.replace(CONFIG, beam_size=4, n_best=3)
-BANNED = (PAD, BOS, UNK)
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -176,29 +165,6 @@ def test_each_shape_is_compiled_once(parameters, sentences):
     assert min(decoder.compile_stages["search", decoder.buckets[0], True]) > 0
 
 
-@pytest.mark.parametrize(
-    ("mesh", "config", "expected"),
-    [
-        (MeshConfig(1, 1, 1), DecodingConfig(max_source_length=64, tokens_per_batch=256), [(16, 16), (8, 32), (4, 64)]),
-        (MeshConfig(2, 2, 2), DecodingConfig(max_source_length=40, tokens_per_batch=100), [(4, 16), (4, 32), (4, 40)]),
-        (MeshConfig(8, 1, 1), DecodingConfig(max_source_length=10, tokens_per_batch=10), [(8, 10)]),
-        (MeshConfig(1, 1, 1), DecodingConfig(max_source_length=16, tokens_per_batch=40), [(2, 16)]),
-        (MeshConfig(1, 1, 1), DecodingConfig(max_source_length=40, sentences_per_batch=1), [(1, 16), (1, 32), (1, 40)]),
-        (MeshConfig(2, 1, 1), DecodingConfig(max_source_length=16, sentences_per_batch=7), [(6, 16)]),
-    ],
-)
-def test_buckets(mesh, config, expected):
-    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-    decoder = Decoder([MODEL], make_mesh(mesh, devices), config, BANNED)
-    assert [(bucket.rows, bucket.length) for bucket in decoder.buckets] == expected
-    for length in range(1, config.max_source_length + 1):
-        bucket = bucket_of(decoder.buckets, length)
-        assert length <= bucket.length
-        assert not any(length <= other.length < bucket.length for other in decoder.buckets)
-    with pytest.raises(ValueError, match=f"{config.max_source_length + 1} tokens"):
-        bucket_of(decoder.buckets, config.max_source_length + 1)
-
-
 # Beams, samples, scores and several models ----------------------------------------------------------------------------
 
 
@@ -340,34 +306,6 @@ def test_samples_differ_by_draw_and_seed_and_not_by_company(parameters, sentence
     assert drawn([0, 1], [(10, 0), (11, 0)], other)[1] not in (first[1], first[0])
 
 
-def test_a_search_has_the_options_of_its_config(monkeypatch):
-    given = {}
-
-    def noting(search):
-        return lambda *arguments, **options: given.update(options) or search(*arguments, **options)
-
-    monkeypatch.setattr(module.search, "sample", noting(module.search.sample))
-    monkeypatch.setattr(module, "beam_search", noting(module.beam_search))
-    drawn = dataclasses.replace(CONFIG, sampling=True, n_best=2, sampling_temperature=0.7)
-    drawn = dataclasses.replace(drawn, sampling_top_k=5, sampling_top_p=0.8)
-    for config in (drawn, dataclasses.replace(BEAM, length_penalty=1.3)):
-        decoder = Decoder([MODEL], one_device(), config, BANNED)
-        bucket = decoder.buckets[0]
-        search = partial(decoder._search, bucket)
-        jax.eval_shape(search, decoder.abstract_parameters(), decoder._rows(bucket, []))
-    expected = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "samples": 2, "alpha": 1.3, "beams": BEAM.beam_size}
-    assert {name: given[name] for name in expected} == expected
-
-
-def test_parameters_are_laid_out_once_those_before_are_gone(parameters, monkeypatch):
-    decoder = Decoder([MODEL], one_device(), CONFIG, BANNED)
-    decoder.set_parameters(parameters)
-    held, lay_out = [], decoder._lay_out
-    monkeypatch.setattr(decoder, "_lay_out", lambda given: (held.append(decoder._parameters), lay_out(given))[1])
-    decoder.set_parameters(parameters)
-    assert held == [None]
-
-
 def test_two_models_of_the_same_parameters_translate_as_one(parameters, sentences, n_best):
     decoder = Decoder([MODEL, MODEL], one_device(), BEAM, BANNED)
     decoder.set_parameters(parameters, parameters)
@@ -389,33 +327,3 @@ def test_what_models_say_together_is_the_mean_of_what_each_says(mean):
     expected /= expected.sum(-1, keepdims=True)
     np.testing.assert_allclose(np.asarray(together)[..., allowed], expected, rtol=1e-5)
     assert not np.delete(np.asarray(together), allowed, axis=-1).any()
-
-
-def test_a_beam_larger_than_the_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match=r"decoding\.beam_size=98 is more than the 97 tokens"):
-        Decoder([MODEL], one_device(), DecodingConfig(beam_size=98), BANNED)
-
-
-def test_parameters_are_laid_out_in_the_compute_type():
-    """Norms stay float32; everything else is what matrix products multiply."""
-    model = dataclasses.replace(MODEL, dtype=jnp.dtype("bfloat16"))
-    decoder = Decoder([model], make_mesh(MeshConfig(2, 2, 2)), CONFIG, BANNED)
-    laid_out = jax.eval_shape(decoder._laid_out, (unboxed(abstract_parameters(model)),))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(laid_out):
-        assert leaf.dtype == ("float32" if "norm" in jax.tree_util.keystr(path) else "bfloat16"), path
-
-
-def test_axes_are_cut_as_parameters_are():
-    boxed = abstract_parameters(MODEL)
-    cut, shapes = unstack_axes(boxed), jax.eval_shape(unstack, unboxed(boxed))
-    is_box = dict(is_leaf=lambda x: hasattr(x, "names"))
-    assert jax.tree.structure(jax.tree.map(lambda _: 0, cut, **is_box)) == jax.tree.structure(shapes)
-    for box, shape in zip(jax.tree.leaves(cut, **is_box), jax.tree.leaves(shapes), strict=True):
-        assert len(box.names) == shape.ndim and "layers" not in box.names
-
-
-def test_a_decoder_can_be_made_where_a_mesh_is_set():
-    """As the training loop does, whose mesh is in scope throughout."""
-    mesh = make_mesh(MeshConfig(8, 1, 1))
-    with jax.set_mesh(mesh):
-        assert Decoder([MODEL], mesh, CONFIG, BANNED).buckets
